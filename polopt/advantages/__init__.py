@@ -1,0 +1,1 @@
+"""Credit per trajectory or step, shared by three or more methods."""

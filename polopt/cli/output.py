@@ -1,0 +1,76 @@
+"""Where commands write: consoles, JSON files, and silence of the libraries below."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from polopt.core.errors import UsageError
+
+WIDTH = 120
+"""Columns of tables where the output is no terminal."""
+
+
+def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
+    """A console as wide as the terminal, or of a fixed width where the output goes to a file."""
+    console = Console(quiet=quiet, stderr=stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH
+    return console
+
+
+def silence_libraries() -> None:
+    """Progress bars and notices of the model and data libraries off; must run before they are imported."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+        "HF_HUB_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def check_json_path(path: str | None) -> None:
+    """Raise UsageError now when a result could not be written to ``path`` later."""
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise UsageError(f"--json {path} is a folder; name a file")
+    if not Path(path).absolute().parent.is_dir():
+        raise UsageError(f"--json {path}: there is no folder {Path(path).parent}")
+
+
+def write_json(value: Mapping[str, Any], path: str) -> None:
+    """Write an object whole or not at all; numbers that JSON lacks (NaN, infinities) become null."""
+    text = json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
+    target = Path(path)
+    if target.exists() and not target.is_file():
+        target.write_text(text, encoding="utf-8")  # a pipe or device cannot be replaced
+        return
+    handle, name = tempfile.mkstemp(dir=target.absolute().parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

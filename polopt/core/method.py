@@ -1,0 +1,218 @@
+"""A method: one composition of parts, and the flow of one batch through them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from polopt.core.errors import UsageError
+from polopt.core.loss import Evaluation, Loss
+from polopt.core.part import SLOTS, Slot, check_slot, clone, declared, describe, flatten, widest_unit
+from polopt.core.rollout import Rollout, Unit
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How often a rollout is trained on: ``epochs`` passes of ``minibatches`` updates each."""
+
+    epochs: int = 1
+    minibatches: int = 1
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.minibatches < 1:
+            raise UsageError(
+                f"schedule needs epochs >= 1 and minibatches >= 1, got {self.epochs} and {self.minibatches}"
+            )
+
+
+@dataclass(frozen=True)
+class Method:
+    """The parts of one paper, a slot each. ``method | {"advantage": part}`` replaces slots.
+
+    ``doc`` is the docstring of the method's file: its first line is the citation, the rest its equations.
+    """
+
+    slug: str
+    family: str
+    seed: str
+    paper: str
+    doc: str
+    curriculum: Any = None
+    rollout: Any = None
+    reward: Any = None
+    filter: Any = None
+    advantage: Any = None
+    weight: Any = None
+    objective: Any = None
+    regularizer: Any = None
+    aggregation: Any = None
+    controller: Any = None
+    models: Mapping[str, Any] = field(default_factory=dict)
+    update: Any = None
+    schedule: Schedule = Schedule()
+
+    def __or__(self, slots: Mapping[str, Any]) -> Method:
+        for name in slots:
+            check_slot(name)
+        return dataclasses.replace(self, **slots)
+
+    @property
+    def title(self) -> str:
+        """Name and citation: the first line of the method's file."""
+        return self.doc.strip().splitlines()[0] if self.doc.strip() else self.slug
+
+    def slots(self) -> dict[Slot, Any]:
+        """The filled slots in the order of the flow."""
+        parts = {slot: getattr(self, slot) for slot in SLOTS}
+        return {slot: value for slot, value in parts.items() if value is not None and value != {}}
+
+    def clone(self) -> Method:
+        """The same method with its own state, for one run."""
+        return dataclasses.replace(self, **{str(slot): clone(value) for slot, value in self.slots().items()})
+
+    # --- what it needs ------------------------------------------------------------------------------------------
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Rollout columns that some part needs and none of its parts gives."""
+        missing: set[str] = set()
+        given: set[str] = set()
+        for value in self.slots().values():
+            for member in flatten(value):
+                missing |= declared(member, "needs") - given
+                given |= declared(member, "gives")
+            if value is self.advantage:
+                given.add("advantage")
+        return frozenset(missing)
+
+    @property
+    def evaluates(self) -> frozenset[str]:
+        """Functionals of the current policy that the loss reads."""
+        return frozenset({"logp"}) | declared(self.objective, "evaluates") | declared(self.regularizer, "evaluates")
+
+    @property
+    def unit(self) -> Unit:
+        """How far the loss of one step reaches."""
+        return widest_unit(self.objective, self.regularizer, self.aggregation)
+
+    @property
+    def vanishes_with(self) -> str | None:
+        """The step column whose zeros make the whole loss's gradient zero, if all loss parts agree on one."""
+        columns = {
+            getattr(member, "vanishes_with", None) for member in (*flatten(self.objective), *flatten(self.regularizer))
+        }
+        return columns.pop() if len(columns) == 1 else None
+
+    def check(self, available: frozenset[str]) -> None:
+        """Fail before the first rollout if a part needs a column that nobody provides.
+
+        ``available`` are the columns that the policy, its models and the rewards give; ``a/*`` stands for any name.
+        Raises UsageError naming the part and the column.
+        """
+        known = set(available)
+        for slot, value in self.slots().items():
+            for member in flatten(value):
+                for column in sorted(declared(member, "needs")):
+                    if not _covered(column, known):
+                        raise UsageError(
+                            f"method {self.slug!r}: its {slot} {describe(member)} needs column {column!r}, which "
+                            f"neither the policy, the models, the rewards nor an earlier part provides"
+                        )
+                known |= declared(member, "gives")
+            if slot == "advantage":
+                known.add("advantage")
+
+    # --- the flow of one batch ----------------------------------------------------------------------------------
+
+    def shape_reward(self, rollout: Rollout) -> Rollout:
+        """Rollout with the reward columns as the method's reward parts leave them."""
+        return rollout if self.reward is None else cast(Rollout, self.reward(rollout))
+
+    def credit(self, rollout: Rollout) -> Rollout:
+        """The rollout with ``advantage`` (and what else its part gives) and ``weight`` at step level, detached."""
+        for slot in ("advantage", "weight"):
+            part = getattr(self, slot)
+            if part is None:
+                continue
+            made = part(rollout)
+            columns = made if isinstance(made, Mapping) else {slot: made}
+            rollout = rollout.with_columns(
+                step={name: rollout.spread(value).detach().clone() for name, value in columns.items()}
+            )
+        return rollout
+
+    def loss(self, evaluation: Evaluation, rollout: Rollout) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """This piece's share of the loss of its whole batch, and its share of each metric.
+
+        loss = sum over the members of objective and regularizer of aggregate(terms); the terms of the objective are
+        multiplied by the weight of their step where a weight part is present. Parts see 0 for everything evaluated at
+        masked steps, and the gradient there is exactly 0.
+        """
+        evaluation = evaluation.trainable(rollout.mask)
+        value = evaluation.logp.new_zeros((), dtype=torch.float32)
+        metrics: dict[str, Tensor] = {}
+        for slot in ("objective", "regularizer"):
+            for member in flatten(getattr(self, slot)):
+                loss: Loss = member(evaluation, rollout)
+                if slot == "objective" and self.weight is not None:
+                    loss = self._weighted(loss, rollout, member)
+                value = value + self._aggregate(loss, rollout)
+                metrics.update(loss.metrics)
+        return value, metrics
+
+    def _weighted(self, loss: Loss, rollout: Rollout, part: Any) -> Loss:
+        if loss.level != "step":
+            raise UsageError(
+                f"method {self.slug!r}: a weight per step cannot act on the objective {describe(part)}, whose "
+                f"terms are per {loss.level}"
+            )
+        return dataclasses.replace(loss, value=loss.value * rollout.weight)
+
+    def _aggregate(self, loss: Loss, rollout: Rollout) -> Float[Tensor, ""]:
+        match loss.level:
+            case "step":
+                return cast(Tensor, self.aggregation(torch.where(rollout.mask, loss.value, 0.0), rollout))
+            case "trajectory":
+                return loss.value.sum() / max(rollout.counts.trajectories, 1.0)
+            case "group":
+                return loss.value.sum() / max(rollout.counts.groups, 1.0)
+            case _:
+                return loss.value
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of every part that has some, by slot."""
+        return {slot: state for slot, part in self._stateful().items() if (state := part.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the parts' state.
+
+        Raises UsageError when the slots with state differ.
+        """
+        parts = {slot: part for slot, part in self._stateful().items() if part.state_dict()}
+        if set(parts) != set(state):
+            raise UsageError(
+                f"the saved state of method {self.slug!r} has slots {sorted(state)}, this one has {sorted(parts)}"
+            )
+        for slot, part in parts.items():
+            part.load_state_dict(state[slot])
+
+    def _stateful(self) -> dict[str, Any]:
+        single = {str(slot): value for slot, value in self.slots().items() if hasattr(value, "state_dict")}
+        models = {f"models/{k}": v for k, v in self.models.items() if hasattr(v, "state_dict")}
+        return {**single, **models}
+
+
+def _covered(column: str, known: set[str]) -> bool:
+    if column in known:
+        return True
+    if column.endswith("/*"):
+        return any(name.startswith(column[:-1]) for name in known)
+    return f"{column.rpartition('/')[0]}/*" in known

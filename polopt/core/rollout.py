@@ -1,0 +1,484 @@
+"""The data that every method sees: packed decision steps, without padding.
+
+A rollout has N steps, M trajectories and G groups. A step is one decision (a token, an action, a denoising step). Steps
+of a trajectory are contiguous and in time order; every trajectory has at least one step; groups say which trajectories
+are compared with each other and may have any size and order. Columns are named tensors declared at one level.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property
+from typing import Any, Literal, Protocol, Self, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from polopt.core import segments
+
+Level = Literal["step", "trajectory", "group"]
+LEVELS: tuple[Level, ...] = ("step", "trajectory", "group")
+
+
+class Source(IntEnum):
+    """Where a trajectory came from (trajectory column ``source``)."""
+
+    POLICY = 0
+    DATASET = 1
+    DEMONSTRATION = 2
+    RESET = 3
+    REPLAY = 4
+
+
+class Payload(Protocol):
+    """What only the policy understands (token ids, images, latents); one entry per trajectory, never read by parts."""
+
+    def select(self, trajectories: Int[Tensor, " trajectory"]) -> Self:
+        """The entries of these trajectories, in this order."""
+        ...
+
+    def concat(self, others: Sequence[Self]) -> Self:
+        """This payload followed by the others."""
+        ...
+
+
+class MissingColumn(KeyError):
+    """A part read a column that the rollout does not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What normalises a loss: trainable steps, trajectories and groups of the whole batch of one update.
+
+    A micro-batch made by `Rollout.split` carries the counts of the batch it was cut from, so that a sum over
+    micro-batches equals the loss of the batch.
+    """
+
+    steps: float
+    trajectories: float
+    groups: float
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """Packed trajectories with named columns; immutable, columns are added with `with_columns`.
+
+    Fixed names. Step level: ``logp`` (log-prob of the chosen action under the full distribution of the policy that
+    sampled it), ``logp/sampled`` (under the truncated distribution it was drawn from, where that differs), ``mask``
+    (the policy chose this step and it may train), ``value``, ``entropy``, ``advantage``, ``weight``, ``step_reward``,
+    ``logp/<model>``. Trajectory level: ``reward`` (NaN: could not be computed), ``reward/<name>``, ``score`` (the
+    task's reward before a method shapes it), ``source``, ``version`` (of the weights that sampled it),
+    ``truncated`` (cut by a length limit), ``limit`` (the budget of steps it had).
+    """
+
+    lengths: Int[Tensor, " trajectory"]
+    group: Int[Tensor, " trajectory"]
+    columns: Mapping[Level, Mapping[str, Tensor]] = field(default_factory=dict)
+    payload: Payload | None = None
+    batch_counts: Counts | None = None
+
+    def __post_init__(self) -> None:
+        if self.lengths.ndim != 1 or self.lengths.shape != self.group.shape:
+            raise ValueError(
+                f"lengths and group must be vectors of one entry per trajectory, got shapes "
+                f"{tuple(self.lengths.shape)} and {tuple(self.group.shape)}"
+            )
+        if self.lengths.numel() and int(self.lengths.min()) < 1:
+            raise ValueError("every trajectory needs at least one step; mask a step that must not train")
+        if self.group.numel() and int(self.group.min()) < 0:
+            raise ValueError(f"group ids start at 0, got {int(self.group.min())}")
+        sizes = self._sizes
+        for level, columns in self.columns.items():
+            for name, value in columns.items():
+                if value.ndim == 0 or value.shape[0] != sizes[level]:
+                    raise ValueError(
+                        f"column {name!r} at level {level} has shape {tuple(value.shape)}, expected {sizes[level]} rows"
+                    )
+
+    # --- construction -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_arrays(
+        cls,
+        trajectory: Any,
+        group: Any,
+        *,
+        step: Mapping[str, Any] | None = None,
+        trajectories: Mapping[str, Any] | None = None,
+        groups: Mapping[str, Any] | None = None,
+        payload: Payload | None = None,
+    ) -> Self:
+        """A rollout from array-likes: ``trajectory`` [N] ids 0, 0, 1, ... in order, ``group`` [M], columns per level.
+
+        Raises ValueError when ids are not contiguous from 0 or a column's length does not fit its level.
+        """
+        ids = torch.as_tensor(trajectory, dtype=torch.int64)
+        owner = torch.as_tensor(group, dtype=torch.int64, device=ids.device)
+        jumps = ids.diff()
+        contiguous = ids.numel() == 0 or (int(ids[0]) == 0 and bool(((jumps == 0) | (jumps == 1)).all()))
+        count = int(ids[-1]) + 1 if ids.numel() else 0
+        if not contiguous or count != owner.numel():
+            raise ValueError(
+                f"trajectory ids must run 0, 0, 1, ... without gaps up to the {owner.numel()} entries of group; "
+                f"got {count} contiguous trajectories"
+            )
+        lengths = torch.bincount(ids, minlength=owner.numel())
+        given: dict[Level, Mapping[str, Any]] = {
+            "step": step or {},
+            "trajectory": trajectories or {},
+            "group": groups or {},
+        }
+        columns = {
+            level: {name: torch.as_tensor(value, device=ids.device) for name, value in values.items()}
+            for level, values in given.items()
+        }
+        return cls(lengths, owner, columns, payload)
+
+    @classmethod
+    def from_padded(
+        cls,
+        mask: Bool[Tensor, "trajectory time"] | Int[Tensor, "trajectory time"] | Float[Tensor, "trajectory time"],
+        group: Any,
+        *,
+        step: Mapping[str, Tensor] | None = None,
+        trajectories: Mapping[str, Any] | None = None,
+        groups: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """A rollout from right-padded matrices, as most trainers hold them; differentiable in the step columns.
+
+        ``mask`` [M, T] is non-zero where a step trains; zeros inside a row stay as masked steps, trailing zeros are
+        padding and go (a row of zeros keeps one masked step). ``step`` columns are [M, T]. `pad` is the way back.
+        """
+        chosen = mask.bool()
+        position = torch.arange(1, chosen.shape[1] + 1, device=chosen.device)
+        lengths = (chosen * position).amax(1).clamp_min(1)
+        keep = position[None] <= lengths[:, None]
+        packed: dict[str, Tensor] = {"mask": chosen[keep]}
+        for name, value in (step or {}).items():
+            if value.shape[:2] != chosen.shape:
+                raise ValueError(
+                    f"step column {name!r} has shape {tuple(value.shape)}, the mask has {tuple(chosen.shape)}"
+                )
+            packed[name] = value[keep]
+        on = chosen.device
+        columns: dict[Level, Mapping[str, Tensor]] = {
+            "step": packed,
+            "trajectory": {name: torch.as_tensor(value, device=on) for name, value in (trajectories or {}).items()},
+            "group": {name: torch.as_tensor(value, device=on) for name, value in (groups or {}).items()},
+        }
+        return cls(lengths, torch.as_tensor(group, dtype=torch.int64, device=on), columns)
+
+    def pad(self, values: Tensor, *, fill: float = 0.0) -> Tensor:
+        """Step values [N] as a right-padded matrix [M, longest trajectory]; the inverse of `from_padded`."""
+        width = int(self.lengths.max()) if self.lengths.numel() else 0
+        out = values.new_full((self.n_trajectories, width), fill)
+        keep = torch.arange(width, device=values.device)[None] < self.lengths[:, None]
+        return out.masked_scatter(keep, values)
+
+    # --- sizes and index columns --------------------------------------------------------------------------------
+
+    @cached_property
+    def _sizes(self) -> dict[Level, int]:
+        return {
+            "step": int(self.lengths.sum()),
+            "trajectory": self.lengths.numel(),
+            "group": int(self.group.max()) + 1 if self.group.numel() else 0,
+        }
+
+    @property
+    def n_steps(self) -> int:
+        """N."""
+        return self._sizes["step"]
+
+    @property
+    def n_trajectories(self) -> int:
+        """M."""
+        return self._sizes["trajectory"]
+
+    @property
+    def n_groups(self) -> int:
+        """G."""
+        return self._sizes["group"]
+
+    @cached_property
+    def trajectory(self) -> Int[Tensor, " step"]:
+        """Trajectory of each step."""
+        return torch.arange(self.n_trajectories, device=self.lengths.device).repeat_interleave(self.lengths)
+
+    @cached_property
+    def step_group(self) -> Int[Tensor, " step"]:
+        """Group of each step."""
+        return self.group[self.trajectory]
+
+    @cached_property
+    def counts(self) -> Counts:
+        """Normalisers of the whole batch that this rollout is, or was split from."""
+        if self.batch_counts is not None:
+            return self.batch_counts
+        return Counts(float(self.mask.sum()), float(self.n_trajectories), float(self.n_groups))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the columns live."""
+        return self.lengths.device
+
+    # --- columns ------------------------------------------------------------------------------------------------
+
+    def __contains__(self, name: str) -> bool:
+        return any(name in self.columns.get(level, {}) for level in LEVELS)
+
+    def __getitem__(self, name: str) -> Tensor:
+        for level in LEVELS:
+            if (value := self.columns.get(level, {}).get(name)) is not None:
+                return value
+        raise MissingColumn(f"the rollout has no column {name!r}; it has {', '.join(sorted(self.names()))}")
+
+    def names(self) -> Iterator[str]:
+        """Names of all columns."""
+        for level in LEVELS:
+            yield from self.columns.get(level, {})
+
+    def level(self, name: str) -> Level:
+        """The level at which a column is declared."""
+        for level in LEVELS:
+            if name in self.columns.get(level, {}):
+                return level
+        raise MissingColumn(f"the rollout has no column {name!r}; it has {', '.join(sorted(self.names()))}")
+
+    def with_columns(
+        self,
+        *,
+        step: Mapping[str, Tensor] | None = None,
+        trajectory: Mapping[str, Tensor] | None = None,
+        group: Mapping[str, Tensor] | None = None,
+    ) -> Self:
+        """The same rollout with these columns added or replaced."""
+        given: dict[Level, Mapping[str, Tensor]] = {
+            "step": step or {},
+            "trajectory": trajectory or {},
+            "group": group or {},
+        }
+        new = {name for values in given.values() for name in values}
+        kept: dict[Level, dict[str, Tensor]] = {
+            level: {name: value for name, value in self.columns.get(level, {}).items() if name not in new}
+            for level in LEVELS
+        }
+        # The normalisers are those of the batch, whatever a part does to the mask of a piece of it.
+        return dataclasses.replace(self, columns={level: {**kept[level], **given[level]} for level in LEVELS})
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, " step"]:
+        """Steps that the policy chose and that may train; all of them where no column says otherwise."""
+        if "mask" in self:
+            return self["mask"].bool()
+        return torch.ones(self.n_steps, dtype=torch.bool, device=self.device)
+
+    @property
+    def logp(self) -> Float[Tensor, " step"]:
+        """Log-prob of each step under the policy that sampled it."""
+        return self["logp"]
+
+    @property
+    def reward(self) -> Float[Tensor, " trajectory"]:
+        """Total reward of each trajectory; NaN where it could not be computed."""
+        return self["reward"]
+
+    @property
+    def rewards(self) -> dict[str, Float[Tensor, " trajectory"]]:
+        """The named rewards, without their prefix."""
+        return {
+            name.removeprefix("reward/"): value
+            for name, value in self.columns.get("trajectory", {}).items()
+            if name.startswith("reward/")
+        }
+
+    @property
+    def advantage(self) -> Float[Tensor, " step"]:
+        """Credit of each step."""
+        return self["advantage"]
+
+    @cached_property
+    def weight(self) -> Float[Tensor, " step"]:
+        """Weight of each step in the objective; 1 where no part sets it."""
+        return self["weight"] if "weight" in self else torch.ones(self.n_steps, device=self.device)
+
+    @cached_property
+    def trajectory_return(self) -> Float[Tensor, " trajectory"]:
+        """R_i = reward_i + sum_t step_reward_t, NaN where the reward is invalid."""
+        if "step_reward" not in self:
+            return self.reward
+        return self.reward + self.sum_steps(self["step_reward"])
+
+    # --- reductions: masked steps and NaN trajectories count for nothing -----------------------------------------
+
+    def spread(self, values: Tensor, level: Level | None = None) -> Tensor:
+        """Values per trajectory (or, with ``level="group"``, per group) repeated onto steps; step values unchanged."""
+        if level == "group":
+            return values[self.step_group]
+        if level is None and values.shape[0] == self.n_steps:
+            return values
+        if values.shape[0] != self.n_trajectories:
+            raise ValueError(
+                f"expected {self.n_trajectories} trajectory or {self.n_steps} step values, got {values.shape[0]}"
+            )
+        return values[self.trajectory]
+
+    def sum_steps(self, values: Float[Tensor, " step"]) -> Float[Tensor, " trajectory"]:
+        """Sum over the trainable steps of each trajectory."""
+        return segments.segment_sum(values, self.trajectory, self.n_trajectories, mask=self.mask)
+
+    def mean_steps(self, values: Float[Tensor, " step"]) -> Float[Tensor, " trajectory"]:
+        """Mean over the trainable steps of each trajectory; 0 where there are none."""
+        return segments.segment_mean(values, self.trajectory, self.n_trajectories, mask=self.mask)
+
+    @cached_property
+    def active_lengths(self) -> Float[Tensor, " trajectory"]:
+        """Number of trainable steps of each trajectory, |y_i|."""
+        return segments.segment_count(self.trajectory, self.n_trajectories, mask=self.mask)
+
+    def group_mean(self, values: Float[Tensor, " trajectory"]) -> Float[Tensor, " group"]:
+        """Mean over the valid (not NaN) trajectories of each group; 0 where there are none."""
+        return segments.segment_mean(values, self.group, self.n_groups, mask=~values.isnan())
+
+    def group_std(self, values: Float[Tensor, " trajectory"], *, unbiased: bool = True) -> Float[Tensor, " group"]:
+        """Standard deviation over the valid trajectories of each group; 0 for a single one."""
+        return segments.segment_std(values, self.group, self.n_groups, unbiased=unbiased, mask=~values.isnan())
+
+    def group_count(self, values: Float[Tensor, " trajectory"]) -> Float[Tensor, " group"]:
+        """Number of valid trajectories of each group."""
+        return segments.segment_count(self.group, self.n_groups, mask=~values.isnan())
+
+    def group_center(self, values: Float[Tensor, " trajectory"]) -> Float[Tensor, " trajectory"]:
+        """v_i - mean of its group; exactly 0 for equal values, for a group of one and for invalid values."""
+        # Shifted by a member first, so that equal values cancel exactly whatever the mean rounds to.
+        smallest = segments.segment_min(values, self.group, self.n_groups, mask=~values.isnan())[self.group]
+        shifted = torch.where(values.isnan(), torch.zeros_like(values), values - smallest)
+        centred = shifted - self.group_mean(torch.where(values.isnan(), values, shifted))[self.group]
+        return torch.where(values.isnan(), torch.zeros_like(centred), centred)
+
+    def group_zscore(
+        self, values: Float[Tensor, " trajectory"], *, eps: float = 1e-4, unbiased: bool = True
+    ) -> Float[Tensor, " trajectory"]:
+        """(v_i - mean_g) / (std_g + eps); exactly 0 for equal values, for a group of one and for invalid values."""
+        spread = self.group_std(values, unbiased=unbiased)[self.group] + eps
+        # eps = 0 is allowed (scale invariance); a group without spread has a zero numerator.
+        return self.group_center(values) / torch.where(spread > 0, spread, torch.ones_like(spread))
+
+    def whiten(
+        self, values: Float[Tensor, " item"], *, eps: float = 1e-8, unbiased: bool = True
+    ) -> Float[Tensor, " item"]:
+        """(v - mean) / sqrt(var + eps) over the whole batch, of steps (masked ones left out) or of trajectories."""
+        valid = ~values.isnan()
+        if values.shape[0] == self.n_steps:
+            valid = valid & self.mask
+        kept = values[valid]
+        if kept.numel() < 2:
+            return torch.zeros_like(values)
+        scaled = (values - kept.mean()) / torch.sqrt(kept.var(unbiased=unbiased) + eps)
+        return torch.where(valid, scaled, torch.zeros_like(scaled))
+
+    def batch_mean(self, values: Float[Tensor, " step"]) -> Float[Tensor, ""]:
+        """This piece's share of the mean over the trainable steps of the whole batch; shares of pieces add up."""
+        kept = torch.where(self.mask, values, torch.zeros_like(values))
+        return kept.sum() / max(self.counts.steps, 1.0)
+
+    # --- select, concat, split ----------------------------------------------------------------------------------
+
+    def select(self, trajectories: Int[Tensor, " kept"] | Bool[Tensor, " trajectory"]) -> Self:
+        """The given trajectories (indices in any order, or a boolean mask); empty groups go, ids are renumbered."""
+        chosen = trajectories.nonzero().flatten() if trajectories.dtype == torch.bool else trajectories
+        chosen = chosen.to(self.device)
+        groups, owner = torch.unique(self.group[chosen], return_inverse=True)
+        lengths = self.lengths[chosen]
+        starts = (self.lengths.cumsum(0) - self.lengths)[chosen]
+        within = torch.arange(int(lengths.sum()), device=self.device) - (lengths.cumsum(0) - lengths).repeat_interleave(
+            lengths
+        )
+        steps = starts.repeat_interleave(lengths) + within
+        index: dict[Level, Tensor] = {"step": steps, "trajectory": chosen, "group": groups}
+        return dataclasses.replace(
+            self,
+            lengths=lengths,
+            group=owner,
+            columns={level: {n: v[index[level]] for n, v in values.items()} for level, values in self.columns.items()},
+            payload=self.payload.select(chosen) if self.payload is not None else None,
+            batch_counts=None,
+        )
+
+    @classmethod
+    def concat(cls, rollouts: Sequence[Self]) -> Self:
+        """One rollout after the other; their groups stay apart. They must have the same columns."""
+        first = rollouts[0]
+        names = set(first.names())
+        for other in rollouts[1:]:
+            if odd := names.symmetric_difference(other.names()):
+                raise ValueError(f"cannot concatenate rollouts: only one of them has column {sorted(odd)[0]!r}")
+        offsets = torch.tensor([0, *(r.n_groups for r in rollouts[:-1])]).cumsum(0).tolist()
+        payload = None
+        if first.payload is not None:
+            payload = first.payload.concat([cast(Payload, r.payload) for r in rollouts[1:]])
+        return cls(
+            torch.cat([r.lengths for r in rollouts]),
+            torch.cat([r.group + offset for r, offset in zip(rollouts, offsets, strict=True)]),
+            {
+                level: {n: torch.cat([r.columns[level][n] for r in rollouts]) for n in first.columns.get(level, {})}
+                for level in LEVELS
+            },
+            payload,
+        )
+
+    def piece(self, trajectories: Int[Tensor, " kept"] | Bool[Tensor, " trajectory"]) -> Self:
+        """`select` for a micro-batch: the normalisers stay those of the whole batch."""
+        return dataclasses.replace(self.select(trajectories), batch_counts=self.counts)
+
+    def split(self, unit: Unit, cost: Sequence[int], budget: int) -> list[Self]:
+        """Pieces of whole units whose padded cost fits the budget; each carries this batch's `counts`.
+
+        ``cost`` [M] is what one trajectory costs on its own (its tokens); a piece of n trajectories costs n times its
+        dearest. Units of similar cost go together. A unit dearer than the budget is a piece of its own.
+        """
+        return [self.piece(torch.tensor(chosen)) for chosen in self.bins(unit, cost, budget)]
+
+    def bins(self, unit: Unit, cost: Sequence[int], budget: int) -> list[list[int]]:
+        """Trajectories of each piece that `split` makes."""
+        if unit == "batch":
+            return [list(range(self.n_trajectories))]
+        members: dict[int, list[int]] = {}
+        owners = self.group.tolist() if unit == "group" else range(self.n_trajectories)
+        for index, owner in enumerate(owners):
+            members.setdefault(owner, []).append(index)
+        bins: list[list[int]] = []
+        dearest = 0
+        for unit_members in sorted(members.values(), key=lambda m: (max(cost[i] for i in m), m[0])):
+            top = max(cost[i] for i in unit_members)
+            size = len(bins[-1]) + len(unit_members) if bins else 0
+            if not bins or size * max(top, dearest) > budget:
+                bins.append([])
+                dearest = 0
+            bins[-1].extend(unit_members)
+            dearest = max(dearest, top)
+        return bins
+
+    def fits(self, unit: Unit, cost: Sequence[int], budget: int) -> bool:
+        """Whether `split` can respect the budget, that is, whether no single unit is dearer than it."""
+        return all(len(chosen) * max(cost[i] for i in chosen) <= budget for chosen in self.bins(unit, cost, budget))
+
+    def to(self, device: torch.device | str) -> Self:
+        """The columns on another device."""
+        return dataclasses.replace(
+            self,
+            lengths=self.lengths.to(device),
+            group=self.group.to(device),
+            columns={level: {n: v.to(device) for n, v in values.items()} for level, values in self.columns.items()},
+        )
+
+
+Unit = Literal["step", "trajectory", "group", "batch"]
+"""How far the loss of one step reaches: it depends on the log-probs of its step, trajectory, group or whole batch."""

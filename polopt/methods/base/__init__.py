@@ -1,0 +1,1 @@
+"""The methods on which the families build."""

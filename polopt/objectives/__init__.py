@@ -1,0 +1,1 @@
+"""Policy objectives shared by three or more methods."""

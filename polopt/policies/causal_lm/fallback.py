@@ -1,0 +1,153 @@
+"""Decoding for every architecture without a native decoder, through Hugging Face ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from polopt.policies.causal_lm.generations import Generations, Progress, Recorder, Request, check_request
+from polopt.policies.causal_lm.sampling import Sampling, draw, uniforms
+
+
+@torch.no_grad()
+def decode_with_generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    seeds: Int[Tensor, "trajectory"],
+    sampling: Sampling,
+    *,
+    eos_ids: Sequence[int],
+    tokenizer: Any = None,
+    entropy: bool = False,
+    max_rows: int = 256,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Generations:
+    """As ``decode``, for any model with ``generate``: same fields, and the same draws from the same seeds.
+
+    ``generate`` only runs the forward passes; a logits processor makes the draw and forces it. Prompts are left-padded,
+    except for recurrent models, whose state padding would enter: those run in batches of equal length.
+    """
+    request = check_request(
+        model,
+        prompts,
+        counts,
+        seeds,
+        sampling,
+        eos_ids=eos_ids,
+        tokenizer=tokenizer,
+        entropy=entropy,
+        max_rows=max_rows,
+        progress=progress,
+    )
+    recorder = Recorder(request)
+    device = request.device.type
+    with evaluating(model), _own_generation_config(model), autocast(device, dtype):
+        for rows in _batches(request, exact_lengths=bool(getattr(model, "_is_stateful", False))):
+            _run(model, request, recorder, rows)
+    return recorder.finish()
+
+
+def _batches(request: Request, exact_lengths: bool) -> Iterator[NDArray[np.int64]]:
+    lengths = np.array([len(prompt) for prompt in request.prompts], np.int64)[request.owner]
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        rows = order[start : start + request.max_rows]
+        # A row that ends keeps being fed until its batch does: with unequal limits it would leave the context.
+        alike = lengths if exact_lengths else request.limits
+        rows = rows[alike[rows] == alike[rows[0]]]
+        yield rows
+        start += len(rows)
+
+
+def _run(model: Any, request: Request, recorder: Recorder, rows: NDArray[np.int64]) -> None:
+    prompts = [request.prompts[request.owner[row]] for row in rows]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=request.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=request.device)
+    steps = int(request.limits[rows].max())
+    recorder.begin(rows, np.zeros(len(rows), np.int64))
+    config = _plain_config(do_sample=False, num_beams=1, max_new_tokens=steps, pad_token_id=0)
+    model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=config,
+        logits_processor=LogitsProcessorList([_Chooser(request, recorder, rows)]),
+        stopping_criteria=StoppingCriteriaList([_Ended(recorder)]),
+    )
+
+
+def _plain_config(**options: Any) -> GenerationConfig:
+    return GenerationConfig(**options)  # type: ignore[no-untyped-call]
+
+
+class _Chooser(LogitsProcessor):
+    """Draws with the trajectories' own randomness and leaves ``generate`` no other choice."""
+
+    def __init__(self, request: Request, recorder: Recorder, rows: NDArray[np.int64]) -> None:
+        self.request, self.recorder = request, recorder
+        self.seeds = request.seeds[torch.from_numpy(rows).to(request.device)]
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = torch.full_like(self.seeds, self.step)
+        chosen = draw(scores, uniforms(self.seeds, step), self.request.sampling, self.request.entropy)
+        self.recorder.add(chosen)
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen.token[:, None], 0.0)
+
+
+class _Ended(StoppingCriteria):
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.recorder.inspect()
+        return torch.from_numpy(~self.recorder.live).to(input_ids.device)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Dropout off, and every submodule's training flag as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def autocast(device: str, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to ``dtype``, or the caller's own autocast state when None.
+
+    Inside a caller's autocast the weight cache stays off: casts made here carry no gradient, and a training forward
+    in the same context would find and use them.
+    """
+    outer = torch.is_autocast_enabled(device)
+    if dtype is None and not outer:
+        return torch.autocast(device, enabled=False)
+    return torch.autocast(device, dtype or torch.get_autocast_dtype(device), cache_enabled=not outer)
+
+
+@contextmanager
+def _own_generation_config(model: Any) -> Iterator[None]:
+    """``generate`` fills unset options from the model's generation config; a default one changes no logits."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept = base.generation_config
+    base.generation_config = _plain_config()
+    try:
+        yield
+    finally:
+        base.generation_config = kept

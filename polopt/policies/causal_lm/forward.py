@@ -1,0 +1,167 @@
+"""One forward pass over the trajectories of a payload, and the functionals of its logits at their steps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from polopt.policies.causal_lm.critic import ValueHead
+from polopt.policies.causal_lm.fused import linear_functionals, logit_functionals
+from polopt.policies.causal_lm.loading import text_config
+from polopt.policies.causal_lm.payload import TokenPayload
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Prompt and completion of every trajectory, right-padded.
+
+    ``steps`` [N] are places in the flattened [M * T] positions: those whose logits predict the completion tokens
+    ``targets`` [N]. The last completion token is nobody's input, so T is the longest sequence less one.
+    """
+
+    ids: Int[Tensor, "trajectory time"]
+    mask: Bool[Tensor, "trajectory time"]
+    steps: Int[Tensor, " step"]
+    targets: Int[Tensor, " step"]
+    temperature: Float[Tensor, " step"]
+
+    @classmethod
+    def of(cls, payload: TokenPayload, device: torch.device) -> Batch:
+        """The batch of a whole payload."""
+        completions = torch.split(payload.ids, payload.lengths.tolist())
+        prompts = [torch.tensor(prompt, dtype=torch.int64) for prompt in payload.prompts]
+        owners = payload.prompt_of.tolist()
+        rows = [torch.cat((prompts[o], ids[:-1])) for o, ids in zip(owners, completions, strict=True)]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.int64)
+        width = ids.shape[1]
+        before = payload.prompt_lengths
+        mask = torch.arange(width)[None] < (before + payload.lengths - 1)[:, None]
+        # Step t of a completion is predicted at position prompt_length - 1 + t of its row.
+        starts = torch.arange(len(rows)) * width + before - 1
+        offsets = payload.lengths.cumsum(0) - payload.lengths
+        steps = (starts - offsets).repeat_interleave(payload.lengths) + torch.arange(payload.ids.numel())
+        temperature = payload.temperature.repeat_interleave(payload.lengths)
+        moved = (x.to(device, non_blocking=True) for x in (ids, mask, steps, payload.ids, temperature))
+        return cls(*moved)
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """How final hidden states become logits: cap(scale * (W h + b)), cap(x) = softcap * tanh(x / softcap)."""
+
+    softcap: float | None
+    scale: float
+
+    def functionals(
+        self,
+        base: Any,
+        hidden: Float[Tensor, "step hidden"],
+        batch: Batch,
+        names: frozenset[str],
+    ) -> dict[str, Tensor]:
+        """The named functionals [N] from the hidden states at the steps, logits never held all at once."""
+        head = base.get_output_embeddings()
+        return linear_functionals(
+            hidden,
+            head.weight,
+            batch.targets,
+            names,
+            bias=head.bias,
+            temperature=batch.temperature,
+            softcap=self.softcap,
+            scale=self.scale,
+        )
+
+
+def output_layer(base: Any) -> OutputLayer | None:
+    """The output layer of a model, or None where its logits are not those of a linear layer on its trunk.
+
+    The configuration says which scale and cap to expect; whether that is all that the architecture does is then tried
+    out on one short input, so that an architecture with a twist of its own is never computed wrongly.
+    """
+    trunk, head = _trunk(base), base.get_output_embeddings()
+    if trunk is None or type(head) is not nn.Linear:
+        return None
+    config = text_config(base)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    # Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling.
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    layer = OutputLayer(softcap, scale)
+    ids = torch.arange(min(8, head.weight.shape[0]), device=head.weight.device)[None]
+    with torch.no_grad(), torch.autocast(head.weight.device.type, enabled=False):
+        expected = base(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
+        raw = head(hidden).float() * layer.scale
+    found = raw if softcap is None else softcap * torch.tanh(raw / softcap)
+    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2
+    same = found.shape == expected.shape and bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+    return layer if same else None
+
+
+def evaluate_batch(
+    base: Any,
+    layer: OutputLayer | None,
+    batch: Batch,
+    names: frozenset[str],
+    *,
+    dtype: torch.dtype | None,
+    critic: ValueHead | None = None,
+) -> dict[str, Float[Tensor, " step"]]:
+    """``names`` of ``logp``, ``entropy``, ``lse``, and with a critic ``value``, at every step, float32.
+
+    ``dtype`` computes under autocast. Everything is a function of the prefix before the step.
+    """
+    of_logits = names - {"value"}
+    # Each pass has an autocast of its own: its cache would hand casts made without gradient to a pass that needs one.
+    with _autocast(batch.ids.device, dtype), _without_dropout(base):
+        if layer is not None:
+            trunk = _trunk(base)
+            states = trunk(**_inputs(trunk, batch)).last_hidden_state
+            hidden = states.flatten(0, 1).index_select(0, batch.steps)
+            found = layer.functionals(base, hidden, batch, of_logits) if of_logits else {}
+        else:
+            out = base(**_inputs(base, batch), output_hidden_states="value" in names)
+            logits = out.logits.flatten(0, 1).index_select(0, batch.steps)
+            found = logit_functionals(logits, batch.targets, of_logits, temperature=batch.temperature)
+            hidden = out.hidden_states[-1].flatten(0, 1).index_select(0, batch.steps) if "value" in names else None
+        if "value" in names and critic is not None and hidden is not None:
+            found["value"] = critic(hidden)
+    return found
+
+
+def _trunk(base: Any) -> Any:
+    trunk = getattr(base, base.base_model_prefix, None) if base.base_model_prefix else None
+    return None if trunk is base else trunk
+
+
+def _inputs(module: Any, batch: Batch) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "use_cache": False}
+    if "position_ids" in inspect.signature(module.forward).parameters:
+        rows, width = batch.ids.shape
+        inputs["position_ids"] = torch.arange(width, device=batch.ids.device).expand(rows, width)
+    return inputs
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+@contextmanager
+def _without_dropout(model: Any) -> Iterator[None]:
+    # The gradient of a policy is that of the distribution that was sampled from, which had no dropout. The flags are
+    # set here, whatever the caller did with ``train()``, and put back.
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

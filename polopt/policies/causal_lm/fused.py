@@ -1,0 +1,257 @@
+"""Log-probs, entropies and log-sum-exps of a linear output layer, without ever holding the logits of a whole batch.
+
+With n positions, hidden size d and V tokens, the logits of position i are ``z_i = cap(scale * (W h_i + b)) / T_i``,
+``cap(x) = c tanh(x / c)`` where the model caps its logits. Rows go through in chunks; the backward pass computes the
+logits of a chunk again, so that the memory beyond inputs, outputs and gradients does not grow with n * V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+FUNCTIONALS: Final = frozenset({"logp", "entropy", "lse"})
+"""What `linear_functionals` can compute. One more is one line each in `_values` and `_gradient`."""
+
+# Logits up to this size are kept for the backward pass: computing them again would cost more time than it saves memory.
+_KEEP_BYTES: Final = 64 * 2**20
+# A chunk's logits take this much, or this share of all logits where that is more: wide chunks use the hardware better,
+# and some three buffers of this size plus a half-precision copy of the weight are all that is ever held.
+_CHUNK_BYTES: Final = 64 * 2**20
+_CHUNK_SHARE: Final = 0.02
+_CHUNK_BYTES_MOST: Final = 512 * 2**20
+# Rows of the weight whose half-precision gradient is held at once before it is added in full precision.
+_WEIGHT_ROWS: Final = 4096
+
+
+def linear_functionals(
+    hidden: Float[Tensor, "position hidden"],
+    weight: Float[Tensor, "token hidden"],
+    targets: Int[Tensor, " position"],
+    names: frozenset[str],
+    *,
+    bias: Float[Tensor, " token"] | None = None,
+    temperature: float | Float[Tensor, " position"] = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk: int | None = None,
+) -> dict[str, Float[Tensor, " position"]]:
+    """Functionals of softmax(z_i) for each position, differentiable once in ``hidden``, ``weight`` and ``bias``.
+
+    ``logp`` = z_i[y_i] - lse_i, ``lse`` = log sum_v exp z_i[v], ``entropy`` = -sum_v p_i[v] log p_i[v] in nats, with z
+    as above. The matrix product runs in the autocast dtype, or else in the wider dtype of ``hidden`` and ``weight``;
+    everything after it in float32 (float64 for float64), which is also the dtype returned. ``temperature`` (one, or one
+    per position, positive) is a constant. ``chunk`` rows go through at a time; None chooses by memory.
+
+    Raises ValueError for an unknown name.
+    """
+    if unknown := names - FUNCTIONALS:
+        raise ValueError(f"unknown functional {min(unknown)!r} (known: {', '.join(sorted(FUNCTIONALS))})")
+    device = hidden.device.type
+    compute = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device) and compute != torch.float64:
+        compute = torch.get_autocast_dtype(device)
+    full = torch.float64 if compute == torch.float64 else torch.float32
+    inverse = torch.as_tensor(temperature, dtype=full, device=hidden.device).reciprocal().expand(hidden.shape[0])
+    size = hidden.shape[0] * weight.shape[0] * full.itemsize
+    keep = chunk is None and size <= _KEEP_BYTES
+    if keep:
+        chunk = max(hidden.shape[0], 1)
+    elif chunk is None:
+        target = min(max(_CHUNK_BYTES, _CHUNK_SHARE * size), _CHUNK_BYTES_MOST)
+        chunk = max(1, int(target / (weight.shape[0] * full.itemsize)))
+    ordered = tuple(sorted(names))
+    layer = _Layer(compute, full, softcap, scale)
+    outputs = _apply(hidden, weight, bias, targets, inverse, ordered, layer, chunk, keep and torch.is_grad_enabled())
+    return dict(zip(ordered, outputs, strict=True))
+
+
+def logit_functionals(
+    logits: Float[Tensor, "position token"],
+    targets: Int[Tensor, " position"],
+    names: frozenset[str],
+    *,
+    temperature: float | Float[Tensor, " position"] = 1.0,
+) -> dict[str, Float[Tensor, " position"]]:
+    """The functionals of `linear_functionals` from logits that a model gives itself, in float32."""
+    inverse = torch.as_tensor(temperature, device=logits.device).float().reciprocal().expand(logits.shape[0])
+    z = logits.float() * inverse[:, None]
+    lse = z.logsumexp(-1)
+    logp = z - lse[:, None]
+    found = {"lse": lse, "logp": logp.gather(-1, targets[:, None]).squeeze(-1)}
+    if "entropy" in names:
+        # A model may rule tokens out with logits of -inf; 0 * log 0 is 0.
+        found["entropy"] = -(logp.exp() * logp.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
+    return {name: found[name] for name in names}
+
+
+class _Layer:
+    """How logits follow from hidden states, and gradients of logits go back."""
+
+    def __init__(self, compute: torch.dtype, full: torch.dtype, softcap: float | None, scale: float) -> None:
+        self.compute = compute
+        self.full = full
+        self.softcap = softcap
+        self.scale = scale
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, inverse: Tensor) -> Tensor:
+        """Logits [c, V] of a chunk, divided by the temperature. ``hidden`` and ``weight`` have the compute dtype."""
+        z = torch.mm(hidden, weight.t()).to(self.full)
+        if bias is not None:
+            z += bias
+        if self.softcap is not None:
+            z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap * inverse[:, None])
+        elif self.scale != 1.0:
+            z.mul_(self.scale * inverse[:, None])
+        else:
+            z.mul_(inverse[:, None])
+        return z
+
+    def slope(self, logp: Tensor, lse: Tensor, inverse: Tensor) -> Tensor:
+        """Derivative of the logits with respect to W h + b: [c, 1], or [c, V] under a cap."""
+        factor = self.scale * inverse[:, None]
+        if self.softcap is None:
+            return factor
+        capped = (logp + lse[:, None]).div_(inverse[:, None] * self.softcap)
+        return capped.square_().neg_().add_(1).mul_(factor)
+
+
+def _values(names: tuple[str, ...], z: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The functionals [c] by name, the log-probs [c, V] in place of the logits ``z``, and the log-sum-exp [c]."""
+    top = z.amax(-1, keepdim=True)
+    z -= top  # shifted, so that nothing below subtracts large numbers from each other
+    p = z.exp()
+    log_sum = p.sum(-1, keepdim=True).log_()
+    lse = (log_sum + top).squeeze(-1)
+    z -= log_sum
+    found = {"lse": lse, "logp": z.gather(-1, targets[:, None]).squeeze(-1)}
+    if "entropy" in names:
+        torch.exp(z, out=p)
+        found["entropy"] = -torch.bmm(p[:, None], z[:, :, None]).flatten()
+    return {name: found[name] for name in names}, z, lse
+
+
+def _gradient(
+    logp: Tensor, targets: Tensor, values: Mapping[str, Tensor], grads: Mapping[str, Tensor], *, consume: bool
+) -> Tensor:
+    """Derivative [c, V] with respect to the logits of the functionals weighted by ``grads`` [c].
+
+    d logp = 1[y] - p,  d lse = p,  d entropy = -p (log p + entropy). ``consume`` lets it overwrite ``logp`` [c, V].
+    """
+    p = logp.exp()
+    row = torch.zeros_like(logp[:, 0])
+    if "lse" in grads:
+        row = row + grads["lse"]
+    if "logp" in grads:
+        row = row - grads["logp"]
+    if "entropy" in grads:
+        row = row - grads["entropy"] * values["entropy"]
+        factor = torch.mul(logp, -grads["entropy"][:, None], out=logp if consume else None)
+        p.mul_(factor.add_(row[:, None]))
+    else:
+        p.mul_(row[:, None])
+    if "logp" in grads:
+        p.scatter_add_(-1, targets[:, None], grads["logp"][:, None])
+    return p
+
+
+class _LinearFunctionals(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        inverse: Tensor,
+        names: tuple[str, ...],
+        layer: _Layer,
+        chunk: int,
+        keep: bool,
+    ) -> tuple[Tensor, ...]:
+        n = hidden.shape[0]
+        outputs = {name: hidden.new_empty(n, dtype=layer.full) for name in names}
+        lse = hidden.new_empty(n, dtype=layer.full)
+        kept = None
+        with torch.autocast(hidden.device.type, enabled=False):
+            w = weight.to(layer.compute)
+            for start in range(0, n, chunk):
+                rows = slice(start, start + chunk)
+                z = layer.logits(hidden[rows].to(layer.compute), w, bias, inverse[rows])
+                values, kept, lse[rows] = _values(names, z, targets[rows])
+                for name, value in values.items():
+                    outputs[name][rows] = value
+        ctx.names, ctx.layer, ctx.chunk = names, layer, chunk
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            hidden, weight, bias, targets, inverse, lse, kept if keep else None, *(outputs[name] for name in names)
+        )
+        return tuple(outputs[name] for name in names)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, inverse, lse, kept, *outputs = ctx.saved_tensors
+        layer: _Layer = ctx.layer
+        values = dict(zip(ctx.names, outputs, strict=True))
+        grads = {name: g for name, g in zip(ctx.names, grad_outputs, strict=True) if g is not None}
+        if not grads:
+            return (None,) * 9
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.zeros_like(hidden) if need_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=layer.full) if need_weight else None
+        d_bias = torch.zeros_like(bias, dtype=layer.full) if need_bias else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            w = weight.to(layer.compute)
+            for rows in _live_chunks(grads, hidden.shape[0], ctx.chunk):
+                h = hidden[rows].to(layer.compute)
+                fresh = kept is None
+                logp = layer.logits(h, w, bias, inverse[rows]).sub_(lse[rows, None]) if fresh else kept[rows]
+                slope = layer.slope(logp, lse[rows], inverse[rows])
+                g = _gradient(
+                    logp,
+                    targets[rows],
+                    {name: value[rows] for name, value in values.items()},
+                    {name: grad[rows].to(layer.full) for name, grad in grads.items()},
+                    consume=fresh,
+                ).mul_(slope)
+                del logp, slope
+                if d_bias is not None:
+                    d_bias += g.sum(0)
+                g = g.to(layer.compute)
+                if d_hidden is not None:
+                    d_hidden[rows] = torch.mm(g, w).to(d_hidden.dtype)
+                if d_weight is not None:
+                    _add_outer(d_weight, g, h)
+        return (
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None else d_bias.to(bias.dtype),
+            *(None,) * 6,
+        )
+
+
+_apply: Callable[..., tuple[Tensor, ...]] = _LinearFunctionals.apply
+
+
+def _live_chunks(grads: Mapping[str, Tensor], n: int, chunk: int) -> list[Any]:
+    """Row indices of each chunk of the backward pass; rows whose gradients are all zero cost nothing."""
+    live = torch.stack([grad != 0 for grad in grads.values()]).any(0).nonzero().flatten()
+    if live.numel() == n:
+        return [slice(start, start + chunk) for start in range(0, n, chunk)]
+    return list(torch.split(live, chunk)) if live.numel() else []
+
+
+def _add_outer(total: Tensor, g: Tensor, h: Tensor) -> None:
+    """``total += g.T @ h`` in place, in the precision of ``total`` across chunks."""
+    if g.dtype == total.dtype:
+        total.addmm_(g.t(), h)
+        return
+    for start in range(0, total.shape[0], _WEIGHT_ROWS):
+        block = slice(start, start + _WEIGHT_ROWS)
+        total[block] += torch.mm(g[:, block].t(), h)

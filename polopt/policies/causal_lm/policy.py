@@ -1,0 +1,364 @@
+"""A policy over tokens: any Hugging Face causal language model, trained whole or by LoRA adapters."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import Parameter
+
+from polopt.core.errors import UsageError
+from polopt.core.example import Text
+from polopt.core.loss import Evaluation
+from polopt.core.policy import Request, Sampling
+from polopt.core.rollout import Rollout, Source
+from polopt.policies.causal_lm import decoder
+from polopt.policies.causal_lm.critic import ValueHead, load_critic, save_critic
+from polopt.policies.causal_lm.forward import Batch, OutputLayer, evaluate_batch, output_layer
+from polopt.policies.causal_lm.fused import FUNCTIONALS
+from polopt.policies.causal_lm.loading import (
+    LoraOptions,
+    Precision,
+    add_lora,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    pick_autocast,
+    pick_device,
+    text_config,
+)
+from polopt.policies.causal_lm.payload import TokenPayload
+from polopt.policies.causal_lm.snapshots import (
+    Snapshot,
+    is_adapted,
+    load_tensors,
+    snapshot,
+    snapshot_from_state,
+    trainable,
+    unwrapped,
+)
+
+
+class CausalLM:
+    """pi(token | prompt, tokens so far) = softmax(logits / temperature), sampled and evaluated with the same weights.
+
+    ``model`` is a Hugging Face causal language model or peft's wrapper of one, ``tokenizer`` its tokenizer. ``dtype``
+    computes under autocast (None: in the dtype of the weights). ``default_max_new_tokens`` bounds completions where
+    neither request nor task does; ``max_rows`` the trajectories decoded at once. A `polopt.core.policy.Policy`.
+
+    Raises UsageError when the tokenizer gives ids that the model does not know.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        default_max_new_tokens: int = 128,
+        max_rows: int = 256,
+    ) -> None:
+        check_vocabulary(model, tokenizer)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+        self.default_max_new_tokens = default_max_new_tokens
+        self.max_rows = max_rows
+        self.version = 0
+        self.critic: ValueHead | None = None
+        self.eos_ids = _eos_ids(unwrapped(model), tokenizer)
+        self._layer: OutputLayer | None = output_layer(unwrapped(model))
+        self._snapshots: dict[str, Snapshot] = {}
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path,
+        *,
+        lora: LoraOptions | None = None,
+        device: str = "auto",
+        precision: Precision = "auto",
+        default_max_new_tokens: int = 128,
+        max_rows: int = 256,
+    ) -> Self:
+        """The model and tokenizer of a folder or hub name, weights in float32, computing in ``precision``.
+
+        ``auto`` is bfloat16 autocast where the hardware has it and the model is large enough to gain. Raises UsageError
+        naming what cannot be loaded and why.
+        """
+        where = pick_device(device)
+        model = load_model(name_or_path, where)
+        tokenizer = load_tokenizer(name_or_path)
+        check_vocabulary(model, tokenizer)
+        dtype = pick_autocast(precision, where, text_config(model).hidden_size)
+        if lora is not None:
+            model = add_lora(model, lora)
+        return cls(model, tokenizer, dtype=dtype, default_max_new_tokens=default_max_new_tokens, max_rows=max_rows)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return cast(torch.device, unwrapped(self.model).get_input_embeddings().weight.device)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """``logp``, ``entropy``, ``lse``, ``value`` with a critic, and ``logp/<model>`` of every added model."""
+        values = {"value"} if self.critic is not None else set()
+        return FUNCTIONALS | values | {f"logp/{name}" for name in self._snapshots}
+
+    # --- sampling -----------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        seed: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Rollout:
+        """One group per request; step columns ``logp``, ``entropy``, ``mask``, and ``logp/sampled`` under truncation.
+
+        A trajectory depends on the weights, its prompt, ``seed``, the index of its request and its place in it alone.
+        At temperature 0 log-probs are those of temperature 1. Raises UsageError for a prompt that is empty or too long
+        (naming its example), or no request.
+        """
+        wanted = [request for request in requests for _ in range(request.count)]
+        if not wanted:
+            raise UsageError("nothing to sample: no request asks for a trajectory")
+        texts = [request.prompt if request.prompt is not None else request.example.prompt for request in requests]
+        prompts = [self.tokenize_prompt(text, r.example.id) for text, r in zip(texts, requests, strict=True)]
+        counts = [request.count for request in requests]
+        owner = [index for index, count in enumerate(counts) for _ in range(count)]
+        made = decoder.generate(
+            self.model,
+            prompts,
+            counts,
+            trajectory_seeds(seed, counts),
+            decoder.Sampling(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                max_new_tokens=sampling.max_new_tokens or self.default_max_new_tokens,
+                stop=tuple(sampling.stop),
+                stop_ids=tuple(sampling.stop_ids),
+            ),
+            eos_ids=self.eos_ids,
+            tokenizer=self.tokenizer,
+            entropy=True,
+            max_rows=self.max_rows,
+            progress=progress,
+            dtype=self.dtype,
+        )
+        completions = [ids.tolist() for ids in torch.split(made.ids.cpu(), made.lengths.tolist())]
+        payload = TokenPayload.build(
+            (prompts[i] for i in owner),
+            completions,
+            torch.full((len(owner),), sampling.temperature or 1.0),
+            (request.example for request in wanted),
+            (texts[i] for i in owner),
+            self.decode(completions),
+        )
+        step = {"logp": made.logp, "mask": torch.ones_like(made.ids, dtype=torch.bool)}
+        if made.entropy is not None:
+            step["entropy"] = made.entropy
+        if made.logp_sampled is not None:
+            step["logp/sampled"] = made.logp_sampled
+        trajectory = {
+            "truncated": made.truncated,
+            "version": torch.full_like(made.lengths, self.version),
+            "source": torch.full_like(made.lengths, int(Source.POLICY)),
+        }
+        # Group ids are 0.. without gaps, whatever the requests that ask for nothing.
+        group = torch.unique(torch.tensor(owner), return_inverse=True)[1].to(made.lengths.device)
+        return Rollout(made.lengths, group, {"step": step, "trajectory": trajectory}, payload)
+
+    def tokenize_prompt(self, text: Text, example_id: str) -> list[int]:
+        """Tokens of a prompt: plain text as the tokenizer begins a text, a chat through the tokenizer's template.
+
+        Never ends with an end-of-sequence token that the text does not contain. Raises UsageError naming the example
+        when the prompt is empty, leaves no room in the context, or is a chat and the tokenizer has no template.
+        """
+        if isinstance(text, str):
+            ids = self._tokenize_text(text)
+        else:
+            if text and not getattr(self.tokenizer, "chat_template", None):
+                raise UsageError(
+                    f"the prompt of example {example_id!r} is a chat, but the tokenizer has no chat template; "
+                    "give a plain text prompt or a chat model"
+                )
+            ids = []
+            if text:
+                chat = [dict(message) for message in text]
+                rendered = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+                # The template writes the special tokens itself.
+                ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        if not text or not ids:
+            raise UsageError(f"the prompt of example {example_id!r} is empty")
+        context = self.context_length
+        if context is not None and len(ids) + 1 > context:
+            raise UsageError(
+                f"the prompt of example {example_id!r} has {len(ids)} tokens; the model's context of {context} tokens "
+                f"leaves room for at most {context - 1}"
+            )
+        return list(ids)
+
+    def _tokenize_text(self, text: str) -> list[int]:
+        ids = list(self.tokenizer(text)["input_ids"])
+        bare = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        # What the tokenizer puts in front belongs to a prompt; the end of sequence that some append would end it.
+        while len(ids) > len(bare) and ids[-1] in self.eos_ids and ids[-len(bare) :] != bare:
+            ids.pop()
+        return ids
+
+    def decode(self, completions: Sequence[Sequence[int]]) -> list[str]:
+        """Text of completions, without special tokens."""
+        return cast(
+            "list[str]",
+            self.tokenizer.batch_decode(
+                [list(ids) for ids in completions], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ),
+        )
+
+    @property
+    def context_length(self) -> int | None:
+        """Most positions of a sequence, or None where the architecture sets no limit."""
+        return getattr(text_config(unwrapped(self.model)), "max_position_embeddings", None)
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def evaluate(self, rollout: Rollout, names: frozenset[str]) -> Evaluation:
+        """The named columns [N], float32, on the rollout's device, from one forward pass per model.
+
+        ``logp``, ``entropy`` (nats) and ``lse`` of softmax(logits / temperature) with each trajectory's temperature,
+        ``value`` of the prefix before each step, all with gradient; ``logp/<model>`` without. Dropout is off, as it is
+        when sampling. Raises ValueError for a name that is not in `columns`.
+        """
+        if unknown := sorted(names - self.columns):
+            raise ValueError(
+                f"this policy cannot evaluate {unknown[0]!r} (it can: {', '.join(sorted(self.columns))}); "
+                "models are added with add_model, a critic with add_critic"
+            )
+        payload = rollout.payload
+        if not isinstance(payload, TokenPayload):
+            raise TypeError(f"a language model evaluates rollouts of tokens, not of {type(payload).__name__}")
+        batch = Batch.of(payload, self.device)
+        found: dict[str, Tensor] = {}
+        for name in sorted(names):
+            if name.startswith("logp/"):
+                with torch.no_grad(), self._snapshots[name.removeprefix("logp/")].active(self.model) as base:
+                    of_model = evaluate_batch(base, self._layer, batch, frozenset({"logp"}), dtype=self.dtype)
+                found[name] = of_model["logp"]
+        if own := names - found.keys():
+            base = unwrapped(self.model)
+            found |= evaluate_batch(base, self._layer, batch, own, dtype=self.dtype, critic=self.critic)
+        return Evaluation({name: found[name].float().to(rollout.device) for name in sorted(names)})
+
+    def cost(self, rollout: Rollout) -> list[int]:
+        """Tokens of each trajectory, its prompt included."""
+        payload = cast(TokenPayload, rollout.payload)
+        return cast("list[int]", (payload.prompt_lengths + payload.lengths).tolist())
+
+    # --- models, parameters, state ------------------------------------------------------------------------------
+
+    def add_model(self, name: str) -> None:
+        """Freeze the present weights as ``name``, in place of an earlier model of that name.
+
+        Under LoRA a model costs no memory before the first update (the base is it) and a copy of the adapters after.
+        """
+        self._snapshots.pop(name, None)  # first, so that no two copies are held
+        self._snapshots[name] = snapshot(self.model)
+
+    def add_critic(self, folder: Path | None = None) -> None:
+        """A value head on the shared trunk, 0 everywhere at first or read from where `save` wrote it.
+
+        Does nothing where there is one. Raises UsageError when ``folder`` holds no critic of this size.
+        """
+        if self.critic is None:
+            head = ValueHead(text_config(unwrapped(self.model)).hidden_size)
+            if folder is not None:
+                load_critic(head, folder)
+            self.critic = head.to(self.device)
+
+    def parameters(self) -> Sequence[Parameter]:
+        """What trains: all weights, or the adapters, and the critic's."""
+        heads = list(self.critic.parameters()) if self.critic is not None else []
+        return [*trainable(self.model).values(), *heads]
+
+    def state_dict(self) -> dict[str, Any]:
+        """``version``, trained weights, critic and added models, as a nest of tensors, numbers and names."""
+        return {
+            "version": self.version,
+            "model": {name: parameter.detach() for name, parameter in trainable(self.model).items()},
+            "critic": None if self.critic is None else dict(self.critic.state_dict()),
+            "models": {name: frozen.state_dict() for name, frozen in self._snapshots.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict` into the same parameters; models and a critic that are not there yet are added.
+
+        Raises UsageError naming the first weight that the state and the policy do not share.
+        """
+        if missing := sorted({"version", "model", "critic", "models"} - set(state)):
+            raise UsageError(f"the state is not that of a language model policy: it lacks {missing[0]!r}")
+        if state["critic"] is None and self.critic is not None:
+            raise UsageError("the state has no critic, but the policy has one")
+        load_tensors(trainable(self.model), state["model"], "the model")
+        if state["critic"] is not None:
+            self.add_critic()
+            assert self.critic is not None
+            load_tensors(self.critic.state_dict(), state["critic"], "the critic")
+        self._snapshots = {
+            name: snapshot_from_state(self.model, name, frozen) for name, frozen in state["models"].items()
+        }
+        self.version = int(state["version"])
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that ``AutoModelForCausalLM.from_pretrained`` loads: model, tokenizer, and the critic if any.
+
+        Adapters are merged into the model that is written (the live one keeps them) and written on their own to
+        ``adapter/``.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_adapted(self.model):
+            merged = copy.deepcopy(self.model).merge_and_unload()
+            merged.save_pretrained(folder)
+            del merged
+            self.model.save_pretrained(folder / "adapter")
+        else:
+            self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        if self.critic is not None:
+            save_critic(self.critic, folder)
+
+
+def trajectory_seeds(seed: int, counts: Sequence[int]) -> Int[Tensor, " trajectory"]:
+    """One 63-bit seed per trajectory, a function of ``seed``, its request's index and its index in the request."""
+    return torch.tensor(
+        [_hash(seed, request, member) for request, count in enumerate(counts) for member in range(count)],
+        dtype=torch.int64,
+    )
+
+
+def _hash(*numbers: int) -> int:
+    digest = hashlib.blake2b(":".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _eos_ids(base: Any, tokenizer: Any) -> tuple[int, ...]:
+    """End-of-sequence ids of generation config, model config and tokenizer: they often disagree, and each means it."""
+    given = [
+        getattr(getattr(base, "generation_config", None), "eos_token_id", None),
+        getattr(text_config(base), "eos_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+    ]
+    ids: set[int] = set()
+    for value in given:
+        ids |= set() if value is None else {value} if isinstance(value, int) else {int(item) for item in value}
+    return tuple(sorted(ids))

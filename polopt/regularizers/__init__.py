@@ -1,0 +1,1 @@
+"""Terms added to the objective: divergences to another policy, entropy."""

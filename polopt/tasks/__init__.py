@@ -1,0 +1,1 @@
+"""Verifiable tasks: prompts that are generated, answers that a program checks exactly."""

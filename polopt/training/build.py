@@ -1,0 +1,164 @@
+"""From a configuration to the parts of a run: problem, policy, method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polopt.assets import base_policy_path
+from polopt.core.errors import UsageError
+from polopt.core.example import Example
+from polopt.core.method import Method
+from polopt.core.override import override
+from polopt.methods import get_method
+from polopt.policies.causal_lm.loading import LoraOptions
+from polopt.policies.causal_lm.policy import CausalLM
+from polopt.rewards import NamedReward, parse_reward
+from polopt.tasks.columns import parse_mapping
+from polopt.tasks.datasets import load_examples
+from polopt.tasks.task import Task, get_task
+from polopt.training.collect import provides
+from polopt.training.config import RunConfig
+
+DEFAULT_TASK = "arithmetic"
+SMALL_WORLD_STEPS = 60
+POOL = 4096
+"""Generated training prompts; every default run sees each at most once."""
+COMPLETION = 256
+"""Completion budget on a user's data where no option sets one (TRL's default)."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked and how answers are judged."""
+
+    name: str
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    rewards: tuple[NamedReward, ...]
+    limit: int
+
+
+def make_problem(config: RunConfig) -> Problem:
+    """Training and held-out examples, rewards and completion budget.
+
+    Raises UsageError for absent or malformed data, an unknown task or reward, a task without its own reward.
+    """
+    if config.data is None:
+        return _generated(config, get_task(config.task or DEFAULT_TASK))
+    mapping = parse_mapping(config.map) if config.map else None
+    train = load_examples(config.data, mapping=mapping, split=config.split)
+    if config.eval_data is not None:
+        held_out = load_examples(config.eval_data, mapping=mapping)[: config.eval_prompts]
+    else:
+        # The tail of the file, at most a tenth of it; a single example can only train.
+        count = min(config.eval_prompts, len(train) // 10)
+        held_out = train[len(train) - count :]
+        train = train[: len(train) - count]
+    rewards = _given_rewards(config, config.data)
+    return Problem(Path(config.data).stem, train, held_out, rewards, COMPLETION)
+
+
+def make_held_out(config: RunConfig) -> Problem:
+    """What an evaluation without training asks: the held-out prompts of a task, or the first rows of the user's data.
+
+    ``eval_data`` where it is given, else ``data``; nothing is set aside for training. Raises UsageError as
+    `make_problem` does.
+    """
+    if config.data is None and config.eval_data is None:
+        return replace(make_problem(config), train=())
+    source = str(config.eval_data or config.data)
+    mapping = parse_mapping(config.map) if config.map else None
+    rewards = _given_rewards(config, source)
+    held_out = load_examples(source, mapping=mapping, split=config.split, limit=config.eval_prompts)
+    return Problem(Path(source).stem, (), held_out, rewards, COMPLETION)
+
+
+def _given_rewards(config: RunConfig, source: str) -> tuple[NamedReward, ...]:
+    if not config.reward:
+        raise UsageError(
+            f"data {source!r} needs a reward: give --reward math-verify, exact-match or file.py:function"
+        )
+    return tuple(parse_reward(spec) for spec in config.reward)
+
+
+def _generated(config: RunConfig, task: Task) -> Problem:
+    levels = list(config.level) or None
+    rewards = tuple(parse_reward(spec) for spec in config.reward) or (task_reward(task),)
+    return Problem(
+        task.name,
+        task.examples(POOL, seed=config.seed, split="train", levels=levels),
+        task.examples(config.eval_prompts, seed=0, split="test", levels=levels),
+        rewards,
+        task.max_new_tokens,
+    )
+
+
+def task_reward(task: Task) -> NamedReward:
+    """The verifier of a generated task as a reward: 1 right, 0 wrong."""
+
+    def correct(completions: Sequence[Any], example: Sequence[Example], **_: Any) -> list[float]:
+        return [task.score(completion, asked) for completion, asked in zip(completions, example, strict=True)]
+
+    return NamedReward("correct", correct)
+
+
+def make_policy(config: RunConfig, limit: int) -> CausalLM:
+    """The policy to improve: the shipped one, or a model from a path or the hub, with adapters where asked for."""
+    torch.manual_seed(config.seed)
+    lora = None
+    if config.lora is not None:
+        alpha = 2.0 * config.lora if config.lora_alpha is None else config.lora_alpha
+        lora = LoraOptions(config.lora, alpha, config.lora_targets or "all-linear", config.seed)
+    return CausalLM.load(
+        config.model or str(base_policy_path()),
+        lora=lora,
+        device=config.device,
+        precision=config.precision,
+        default_max_new_tokens=limit,
+        max_rows=config.max_rows,
+    )
+
+
+def make_method(config: RunConfig) -> Method:
+    """The method with the configuration's slots and fields replaced."""
+    return override(get_method(config.method), config.slots)
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration with every default that depends on others filled in."""
+    small = config.model is None
+    if config.lr is None:
+        config = replace(config, lr=1e-3 if small else 1e-5 if config.lora else 1e-6)
+    if all(limit is None for limit in (config.steps, config.seconds, config.tokens, config.rollouts)):
+        config = replace(config, steps=SMALL_WORLD_STEPS if small else 500)
+    if config.task is None and config.data is None:
+        config = replace(config, task=DEFAULT_TASK)
+    if config.out is None:
+        subject = config.task or Path(str(config.data)).stem
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        config = replace(config, out=str(Path("runs") / f"{config.method}-{subject}-{config.seed}-{stamp}"))
+    return config
+
+
+def check_needs(method: Method, policy: CausalLM, rewards: Sequence[NamedReward]) -> None:
+    """Fail before the first rollout when a part needs a column that nobody provides; add the models it asks for."""
+    needs = method.needs
+    if "value" in needs | method.evaluates:
+        policy.add_critic()
+    for name in method.models:
+        if f"logp/{name}" in needs:
+            policy.add_model(name)
+    sampled = {"logp", "entropy", "mask", "truncated", "version", "source", "limit", "reward", "score"}
+    named = {f"reward/{reward.name}" for reward in rewards}
+    available = {column for column in policy.columns if column != "logp/*"}
+    modelled = {f"logp/{name}" for name in method.models}
+    method.check(frozenset(sampled | named | available | modelled))
+    for name in sorted(method.evaluates):
+        if not provides(policy, name):
+            raise UsageError(f"method {method.slug!r} evaluates {name!r}, which this policy cannot compute")

@@ -1,0 +1,87 @@
+"""Held-out evaluation: mean accuracy with its interval, pass@k, reward, entropy, lengths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from polopt.core.example import Example
+from polopt.core.policy import Policy, Request, Sampling
+from polopt.core.rollout import Rollout
+from polopt.core.statistics import accuracy_interval, clustered_mean_interval, pass_at_k
+from polopt.rewards.scoring import Scorer, transcripts
+from polopt.training import metrics_names as names
+from polopt.training.report import Sample
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Samples the policy on held-out prompts and scores the answers.
+
+    ``samples`` per prompt are drawn by ``sampling``; the accuracy is the mean of the first reward (``primary``),
+    prompts counting equally. With one right-or-wrong sample per prompt the interval is Wilson's, else Student's over
+    prompts.
+    """
+
+    examples: Sequence[Example]
+    scorer: Scorer
+    sampling: Sampling
+    samples: int = 1
+    seed: int = 0
+
+    @property
+    def primary(self) -> str:
+        """Name of the reward that is the accuracy."""
+        return self.scorer.rewards[0].name
+
+    def __call__(
+        self, policy: Policy, *, prompts: int | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[dict[str, float], Rollout]:
+        """Metrics by name (prefix ``eval/``), and the scored rollout. Draws nothing from the run's random numbers."""
+        requests = [Request(example, self.samples) for example in self.examples[:prompts]]
+        rollout = policy.sample(requests, self.sampling, seed=self.seed, progress=progress)
+        rollout, _ = self.scorer(rollout)
+        return {f"{names.EVAL}{name}": value for name, value in self._metrics(rollout).items()}, rollout
+
+    def _metrics(self, rollout: Rollout) -> dict[str, float]:
+        hit = rollout.rewards[self.primary]
+        interval = clustered_mean_interval(hit, rollout.group)
+        metrics = {names.ACCURACY: interval.mean}
+        if math.isfinite(interval.low):
+            metrics |= {names.ACCURACY_LOW: interval.low, names.ACCURACY_HIGH: interval.high}
+        binary = bool(((hit == 0) | (hit == 1) | hit.isnan()).all())
+        if binary and self.samples == 1 and interval.count:
+            low, high = accuracy_interval(int(hit.nansum()), interval.count)
+            metrics |= {names.ACCURACY_LOW: low, names.ACCURACY_HIGH: high}
+        if binary and self.samples > 1:
+            for k in (2**i for i in range(self.samples.bit_length())):
+                if k <= self.samples:
+                    metrics[names.pass_at(k)] = self._pass_at(rollout, hit, k)
+        metrics["prompts"] = float(interval.count)
+        metrics[names.REWARD] = float(rollout.reward.nanmean())
+        metrics[names.MEAN_LENGTH] = float(rollout.lengths.float().mean())
+        if "entropy" in rollout:
+            metrics[names.ENTROPY] = float(rollout["entropy"].mean())
+        return metrics
+
+    @staticmethod
+    def _pass_at(rollout: Rollout, hit: torch.Tensor, k: int) -> float:
+        counts = rollout.group_count(hit)
+        right = (rollout.group_mean(hit) * counts).round()
+        rates = [pass_at_k(int(n), int(c), k) for n, c in zip(counts.tolist(), right.tolist(), strict=True) if n >= k]
+        return sum(rates) / len(rates) if rates else math.nan
+
+
+def samples_of(rollout: Rollout) -> list[Sample]:
+    """Completions to read, with their prompt and total reward."""
+
+    def plain(text: object) -> str:
+        return text if isinstance(text, str) else "\n".join(f"{m['role']}: {m['content']}" for m in text)  # type: ignore[attr-defined]
+
+    rewards = rollout.reward.tolist()
+    return [
+        Sample(plain(t.prompt), t.completion, reward) for t, reward in zip(transcripts(rollout), rewards, strict=True)
+    ]

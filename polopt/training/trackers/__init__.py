@@ -1,0 +1,1 @@
+"""Places a run can log to, one file per kind."""

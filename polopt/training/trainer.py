@@ -1,0 +1,277 @@
+"""The training loop. One iteration reads from top to bottom; what differs between methods is in their parts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from polopt.core.errors import UsageError
+from polopt.core.method import Method
+from polopt.core.override import override
+from polopt.core.policy import Policy
+from polopt.core.rollout import LEVELS, Rollout
+from polopt.training import checks
+from polopt.training import metrics_names as names
+from polopt.training.budget import Budget, Every, Meter
+from polopt.training.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
+from polopt.training.collect import Collected, Collector
+from polopt.training.evaluation import Evaluator
+from polopt.training.optimizer import learning_rate, load_optimizer_state, optimizer_state, set_learning_rate
+from polopt.training.profile import Profiler
+from polopt.training.tracking import Trackers
+from polopt.training.update import BatchStep, minibatches
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """Learning rate and its course, and how much goes through the policy at once."""
+
+    lr: float
+    course: str = "constant"
+    warmup: int = 0
+    token_budget: int = 16_384
+
+
+@dataclass
+class Trainer:
+    """Improves a policy by a method until the budget is spent.
+
+    ``tolerance`` is the mean log-prob gap between sampler and learner that counts as rounding. ``on_progress`` is told
+    the phase and the latest metrics. The method is cloned: its state belongs to this run.
+    """
+
+    policy: Policy
+    method: Method
+    collect: Collector
+    optimizer: torch.optim.Optimizer
+    optimization: Optimization
+    budget: Budget
+    run: Path
+    trackers: Trackers
+    seed: int
+    evaluator: Evaluator | None = None
+    eval_every: Every | None = None
+    save_every: Every | None = None
+    keep: int = 2
+    strict: bool = False
+    tolerance: float = 1e-3
+    profiler: Profiler = field(default_factory=lambda: Profiler(enabled=False))
+    on_progress: Callable[[str, Mapping[str, float]], None] = lambda phase, metrics: None
+    meter: Meter = field(default_factory=Meter)
+    iteration: int = 0
+    rejected: int = 0
+    controlled: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.method = self.method.clone()
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Iterate until the budget is spent; evaluate and save when due, and save at the end."""
+        while not self.budget.exhausted(self.meter.spent):
+            self.step()
+            if self.eval_every is not None and self.eval_every.due(self.meter.spent):
+                self.evaluate()
+            if self.save_every is not None and self.save_every.due(self.meter.spent):
+                self.save_every.done(self.meter.spent)
+                self.save()
+        self.save()
+
+    def step(self) -> None:
+        """One iteration: collect, assign credit, update, learn from the iteration."""
+        started = time.monotonic()
+        self._refresh_models()
+        batch = self.collect(self.method, self.generator, self._sampling_progress)
+        metrics = self._describe(batch)
+        if batch.kept is not None:
+            rollout = self.method.credit(batch.kept)
+            metrics |= checks.check_versions(rollout, self.policy.version, self.strict)
+            metrics |= self._learn(rollout)
+        self._observe(batch, metrics)
+
+        self.iteration += 1
+        tokens = int(batch.drawn.n_steps)
+        self.meter.add(steps=1, tokens=tokens, rollouts=batch.drawn.n_trajectories)
+        seconds = time.monotonic() - started
+        spent = self.meter.spent
+        metrics |= {names.NUM_TOKENS: spent.tokens, names.NUM_ROLLOUTS: spent.rollouts}
+        clock = {names.STEP_TIME: seconds, names.TOKENS_PER_SECOND: tokens / seconds, names.SECONDS: spent.seconds}
+        self.trackers.log(self.iteration, {**metrics, **clock})
+        self.on_progress("", metrics)
+
+    def _learn(self, rollout: Rollout) -> dict[str, float]:
+        """The method's schedule of updates on one rollout; metrics are means over the updates."""
+        schedule = self.method.schedule
+        rate = learning_rate(
+            self.optimization.lr,
+            self.optimization.course,
+            fraction=self.budget.fraction(self.meter.spent),
+            step=self.iteration,
+            warmup=self.optimization.warmup,
+        )
+        set_learning_rate(self.optimizer, rate)
+        first: dict[str, float] = {}
+        collected: list[dict[str, float]] = []
+        for _ in range(schedule.epochs):
+            for batch in minibatches(rollout, schedule.minibatches, self.method.unit, self.generator):
+                self.on_progress("update", {})
+                fresh = "version" in batch and bool((batch["version"] == self.policy.version).all())
+                step = BatchStep(
+                    self.policy,
+                    self.method,
+                    batch,
+                    self.optimizer,
+                    self.optimization.token_budget,
+                    self._reject,
+                    self.profiler,
+                )
+                metrics = self.method.update(step)
+                if fresh and not step.reused:
+                    first = checks.check_first_update(step.ratios, self.tolerance, self.strict)
+                collected.append({**metrics, **step.ratios.metrics()})
+        means = {
+            name: sum(m[name] for m in collected if name in m) / sum(name in m for m in collected)
+            for name in sorted({name for m in collected for name in m})
+        }
+        return {**means, **first, names.LEARNING_RATE: rate, "updates/rejected": float(self.rejected)}
+
+    def _describe(self, batch: Collected) -> dict[str, float]:
+        """What was sampled, before any of it trains."""
+        drawn = batch.drawn
+        metrics = checks.check_rewards(drawn, self.strict)
+        rewards = drawn.reward
+        metrics[names.REWARD] = float(rewards.nanmean())
+        spread = drawn.group_std(rewards)
+        metrics[names.REWARD_STD] = float(spread.mean())
+        metrics[names.FRAC_REWARD_ZERO_STD] = float((spread == 0).float().mean())
+        for name, values in drawn.rewards.items():
+            valid = values[~values.isnan()]
+            if valid.numel():
+                metrics[names.reward_mean(name)] = float(valid.mean())
+                metrics[names.reward_std(name)] = float(valid.std(correction=0))
+        lengths = drawn.lengths.float()
+        cut = drawn["truncated"].bool() if "truncated" in drawn else torch.zeros_like(lengths, dtype=torch.bool)
+        metrics |= {
+            names.MEAN_LENGTH: float(lengths.mean()),
+            names.MIN_LENGTH: float(lengths.min()),
+            names.MAX_LENGTH: float(lengths.max()),
+        }
+        if not bool(cut.all()):
+            metrics[names.MEAN_TERMINATED_LENGTH] = float(lengths[~cut].mean())
+        metrics[names.CLIPPED_RATIO] = float(cut.float().mean())
+        metrics["groups/drawn"] = float(drawn.n_groups)
+        metrics["groups/kept"] = float(batch.kept.n_groups) if batch.kept is not None else 0.0
+        if "entropy" in drawn:
+            metrics[names.ENTROPY] = float(drawn["entropy"].mean())
+        if batch.kept is not None and "logp/ref" in batch.kept:
+            kept = batch.kept
+            gap = (kept.logp - kept["logp/ref"])[kept.mask]
+            metrics[names.KL] = float((torch.expm1(-gap.clamp(-20, 20)) + gap).mean())
+        return metrics
+
+    def _observe(self, batch: Collected, metrics: dict[str, float]) -> None:
+        """Curricula and other parts learn from the iteration; controllers set coefficients for the next one."""
+        for part in self.method.slots().values():
+            if hasattr(part, "observe"):
+                part.observe(batch.drawn)
+        if self.method.controller is not None:
+            statistics = {**metrics, "trajectories": float(batch.drawn.n_trajectories)}
+            self.controlled |= self.method.controller(statistics)
+            self._apply_control()
+            metrics |= {f"controller/{name}": value for name, value in self.controlled.items()}
+
+    def _apply_control(self) -> None:
+        self.method = override(self.method, self.controlled)
+
+    def _refresh_models(self) -> None:
+        for name, model in self.method.models.items():
+            wanted = any(need == f"logp/{name}" for need in self.method.needs)
+            if wanted and model.due(self.iteration):
+                self.policy.add_model(name)
+
+    def _sampling_progress(self, done: int, total: int) -> None:
+        self.on_progress(f"sampling {done}/{total}", {})
+
+    def _reject(self, reason: str, batch: Rollout) -> None:
+        """A loss or gradient that is not finite: count it and keep the batch's columns for inspection."""
+        self.rejected += 1
+        folder = self.run / "rejected"
+        folder.mkdir(parents=True, exist_ok=True)
+        columns = {f"{level}/{n}": v.contiguous() for level in LEVELS for n, v in batch.columns.get(level, {}).items()}
+        columns |= {"lengths": batch.lengths, "group": batch.group.contiguous()}
+        save_file(
+            {name: value.clone() for name, value in columns.items()}, folder / f"step-{self.iteration:08d}.safetensors"
+        )
+        checks.check_finite({}, self.strict, f"update rejected because {reason}; its batch is in {folder}")
+
+    def evaluate(self) -> dict[str, float]:
+        """A quarter of the held-out prompts, logged; its time is not charged to the budget."""
+        if self.evaluator is None:
+            return {}
+        with self.meter.paused(), self.profiler.phase("evaluation"):
+            self.on_progress("evaluating", {})
+            metrics, _ = self.evaluator(self.policy, prompts=max(1, len(self.evaluator.examples) // 4))
+        if self.eval_every is not None:
+            self.eval_every.done(self.meter.spent)
+        self.trackers.log(self.iteration, metrics)
+        return metrics
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write everything that a resumed run needs to be the run that was never stopped."""
+        return save_checkpoint(self.run, self.iteration, self.state_dict(), keep=self.keep)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state of the run."""
+        return {
+            "method": self.method.slug,
+            "parts": self.method.state_dict(),
+            "controlled": dict(self.controlled),
+            "policy": self.policy.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
+            "generator": self.generator.get_state(),
+            "random": random_state(),
+            "meter": self.meter.state_dict(),
+            "iteration": self.iteration,
+            "rejected": self.rejected,
+            "every": {name: every.state_dict() for name, every in self._triggers().items()},
+            "trackers": self.trackers.state_dict(),
+        }
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises UsageError when it is damaged or belongs to another method.
+        """
+        state = load_checkpoint(path)
+        if state["method"] != self.method.slug:
+            raise UsageError(
+                f"checkpoint {path} belongs to method {state['method']!r}, not to {self.method.slug!r}; resume it with "
+                f"that method or choose another --out"
+            )
+        self.policy.load_state_dict(state["policy"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.method.load_state_dict(state["parts"])
+        self.controlled = dict(state["controlled"])
+        self._apply_control()
+        self.generator.set_state(state["generator"])
+        self.meter.load_state_dict(state["meter"])
+        self.iteration, self.rejected = state["iteration"], state["rejected"]
+        for name, every in self._triggers().items():
+            if name in state["every"]:
+                every.load_state_dict(state["every"][name])
+        self.trackers.load_state_dict(state["trackers"])
+        restore_random_state(state["random"])
+
+    def _triggers(self) -> dict[str, Every]:
+        found = {"eval": self.eval_every, "save": self.save_every}
+        return {name: every for name, every in found.items() if every is not None}

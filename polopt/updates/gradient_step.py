@@ -1,0 +1,33 @@
+"""One optimizer step along the gradient of the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from polopt.core.part import Part, part
+from polopt.core.update import Step
+
+
+@part("update", "gradient-step")
+@dataclass(frozen=True)
+class GradientStep(Part):
+    """g <- grad L(batch), scaled to norm ``max_norm`` where it is longer, then one optimizer step.
+
+    A loss or gradient that is not finite changes nothing and is counted. Logs ``loss`` and ``grad_norm`` (before
+    clipping).
+    """
+
+    max_norm: float = 1.0
+
+    def __call__(self, step: Step) -> dict[str, float]:
+        metrics = step.gradient()
+        if not step.finite:
+            return metrics
+        norm = torch.nn.utils.clip_grad_norm_(step.parameters, self.max_norm)
+        if not torch.isfinite(norm):
+            step.reject(f"the gradient norm is {float(norm)}")
+            return metrics
+        step.apply()
+        return {**metrics, "grad_norm": float(norm)}

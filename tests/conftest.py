@@ -1,0 +1,30 @@
+"""Before polopt is imported: every annotated shape of core and of the parts is checked at run time."""
+
+from __future__ import annotations
+
+from jaxtyping import install_import_hook
+
+from tests import typechecked
+
+CHECKED = (
+    # Not core.registry: it looks at its caller's file, which a wrapper would hide.
+    "core.loss",
+    "core.method",
+    "core.override",
+    "core.part",
+    "core.rollout",
+    "core.segments",
+    "core.statistics",
+    "advantages",
+    "aggregations",
+    "controllers",
+    "curricula",
+    "filters",
+    "methods",
+    "objectives",
+    "regularizers",
+    "rewards.shaping",
+)
+
+# The hook stays for the whole run: modules are imported on demand.
+install_import_hook([f"polopt.{room}" for room in CHECKED], f"{typechecked.__name__}.typechecked")
