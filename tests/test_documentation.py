@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def blocks(page: Path) -> list[str]:
 
 
 def run(code: str) -> dict[str, Any]:
-    module = types.ModuleType("documented")
+    module = sys.modules["documented"] = types.ModuleType("documented")
     exec(compile(code, "documented", "exec"), module.__dict__)
     return module.__dict__
 

@@ -27,7 +27,7 @@ def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
 
 
 def silence_libraries() -> None:
-    """Progress bars and notices of the model and data libraries off; must run before they are imported."""
+    """Progress bars and notices of the model and data libraries off, where the environment does not say otherwise."""
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "DATASETS_VERBOSITY": "error",
@@ -36,6 +36,10 @@ def silence_libraries() -> None:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     }.items():
         os.environ.setdefault(name, value)
+    # No variable of the environment turns these off.
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def check_json_path(path: str | None) -> None:

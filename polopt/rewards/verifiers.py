@@ -11,7 +11,7 @@ from typing import Any
 from polopt.core.errors import UsageError
 from polopt.rewards.reward import RewardFunction
 from polopt.rewards.texts import completion_text
-from polopt.rewards.timeout import call_with_timeout
+from polopt.rewards.timeout import OutOfTime, call_with_timeout
 
 _MARKER = "####"
 
@@ -46,8 +46,9 @@ def math_verify(argument: str | None = None) -> RewardFunction:
     The final answer of a text with ``\boxed{}`` is what the boxes hold; otherwise the line after the last ``####``;
     otherwise what the package finds, which prefers the end of the text. ``1,234`` equals ``1234`` and ``0.5`` equals
     ``\frac{1}{2}``. A completion without an answer is wrong (0). An answer of the dataset that cannot be parsed
-    gives None. The argument is the time limit per completion in seconds, 5 by default: ``math-verify:10``; a
-    comparison that overruns it fails, it is not 0.
+    gives None. The argument is the time limit per completion in seconds, 5 by default: ``math-verify:10``. A
+    comparison that overruns it gives None too: a completion such as ``9**9**9**9`` is undecided, neither wrong nor a
+    fault of the reward that should end the run.
     """
     seconds = 5.0 if argument is None else _positive(argument, "math-verify:SECONDS")
     # Its own limits use signal.alarm, which works on the main thread only and would clear the alarm of a caller.
@@ -58,11 +59,18 @@ def math_verify(argument: str | None = None) -> RewardFunction:
 
     def reward(completions: Sequence[Any], answer: Sequence[str | None], **columns: Any) -> list[float | None]:
         return [
-            None if gold is None else call_with_timeout(partial(_is_equal, completion_text(said), gold), seconds)
+            None if gold is None else _within(seconds, completion_text(said), gold)
             for said, gold in zip(completions, answer, strict=True)
         ]
 
     return reward
+
+
+def _within(seconds: float, said: str, gold: str) -> float | None:
+    try:
+        return call_with_timeout(partial(_is_equal, said, gold), seconds)
+    except OutOfTime:
+        return None
 
 
 def _is_not_about_timeouts(record: logging.LogRecord) -> bool:

@@ -130,7 +130,7 @@ class Batch:
         loss = trainer._compute_loss(self_, self_.model, inputs)  # type: ignore[attr-defined]
         loss.backward()
         assert logp.grad is not None
-        return float(loss), logp.grad
+        return float(loss.detach()), logp.grad
 
     def advantage(self, trainer: type, scale_rewards: str = "group", beta: float = 0.0, **others: Any) -> Tensor:
         if trainer is rloo_trainer.RLOOTrainer:
@@ -155,8 +155,9 @@ def compare(method: Method, batch: Batch, expected: tuple[float, Tensor]) -> Non
     padded = torch.zeros_like(expected_gradient)
     matrix = rollout.pad(gradient)
     padded[:, : matrix.shape[1]] = matrix
-    assert loss == pytest.approx(expected_loss, rel=1e-9, abs=1e-12)
-    torch.testing.assert_close(padded, expected_gradient, rtol=1e-9, atol=1e-12)
+    # TRL's nanstd computes n / (n - 1) in float32.
+    assert loss == pytest.approx(expected_loss, rel=1e-6, abs=1e-8)
+    torch.testing.assert_close(padded, expected_gradient, rtol=1e-7, atol=1e-12)
 
 
 GRPO = grpo_trainer.GRPOTrainer

@@ -82,7 +82,7 @@ def test_math_verify_reads_chats() -> None:
     assert scores.total.tolist() == [1.0]
 
 
-def test_math_verify_that_takes_too_long_is_invalid_and_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_math_verify_that_takes_too_long_is_undecided_and_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     import math_verify
 
     def verify(expected: Any, found: Any, **options: Any) -> bool:
@@ -94,11 +94,10 @@ def test_math_verify_that_takes_too_long_is_invalid_and_not_zero(monkeypatch: py
     monkeypatch.setattr(math_verify, "verify", verify)
     batch = [Transcript(Example(id=f"q/{n}", prompt="?", answer="1"), "?", f"{n}", (n,)) for n in range(1, 4)]
     rewards = [parse_reward("math-verify:0.1")]
-    scores = score(batch, rewards, on_error="skip", timeout=5.0)
+    scores = score(batch, rewards, timeout=5.0)
+    # Undecided by the model's doing: not wrong, and no fault that ends the run.
     assert scores.total.nan_to_num(-1.0).tolist() == [1.0, -1.0, 0.0]
-    assert [(failure.example_id, failure.reason) for failure in scores.invalid] == [("q/2", "took longer than 0.1 s")]
-    with pytest.raises(RewardError, match=r"reward 'math-verify:0.1' took longer than 0.1 s"):
-        score(batch, rewards)
+    assert scores.invalid == ()
 
 
 @pytest.mark.parametrize("said", [r"\boxed{9^{9^{9^9}}}", "9**9**9**9", r"\boxed{100000!!}", "1" * 5000, "{" * 3000])
@@ -107,8 +106,8 @@ def test_math_verify_does_not_hang_on_strange_completions(said: str) -> None:
     started = time.monotonic()
     scores = score(batch, [parse_reward("math-verify:1")], on_error="skip")
     assert time.monotonic() - started < 5
-    assert scores.total.isnan().item() == bool(scores.invalid)
-    assert scores.invalid or scores.total.item() == 0.0
+    assert scores.total.isnan().item() or scores.total.item() == 0.0
+    assert scores.invalid == ()
 
 
 def test_math_verify_on_another_thread_without_warnings(caplog: pytest.LogCaptureFixture) -> None:

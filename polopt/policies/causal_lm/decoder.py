@@ -363,25 +363,27 @@ class _Memory:
         """Make sure that ``column`` exists; ``steps`` more at most will follow."""
         if self.column == self.capacity:
             width = self.column - self.low
-            if width > self.low:
+            roomy = width <= self.low  # the window can move left without overlapping itself
+            if not roomy:
                 self.capacity = _block(width, steps)
-            self.keys[:] = map(self._shifted, self.keys)
-            self.values[:] = map(self._shifted, self.values)
-            self.bias = self._shifted(self.bias[:, None, :, None])[:, 0, :, 0]
+            move = self._moved_left if roomy else self._moved
+            self.keys[:] = map(move, self.keys)
+            self.values[:] = map(move, self.values)
+            self.bias = move(self.bias[:, None, :, None])[:, 0, :, 0]
+            # A gap left by an ended row may have started anywhere; what it computes is dropped.
             self.starts = np.maximum(self.starts - self.low, 0)
             self.column, self.low = width, 0
-        # A gap left by an ended row may start anywhere; what it computes is dropped.
         window = self.bias[: self.rows, None, None, self.low : self.column + 1]
         self.mask = None if self.uniform else window
 
-    def _shifted(self, x: Tensor) -> Tensor:
-        width = self.column - self.low
-        if x.shape[2] == self.capacity:
-            x[:, :, :width] = x[:, :, self.low : self.column]
-            x[:, :, width:] = 0
-            return x
+    def _moved_left(self, x: Tensor) -> Tensor:
+        x[:, :, : self.column - self.low] = x[:, :, self.low : self.column]
+        x[:, :, self.column - self.low :] = 0
+        return x
+
+    def _moved(self, x: Tensor) -> Tensor:
         moved = x.new_zeros(self.rows, x.shape[1], self.capacity, x.shape[3])
-        moved[:, :, :width] = x[: self.rows, :, self.low : self.column]
+        moved[:, :, : self.column - self.low] = x[: self.rows, :, self.low : self.column]
         return moved
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
