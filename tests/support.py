@@ -174,9 +174,7 @@ def flow(method: Method, rollout: Rollout) -> Rollout:
 
 def live(rollout: Rollout) -> tuple[Rollout, dict[str, Tensor]]:
     """The rollout with its ``now/`` columns as leaves that collect gradients, and the leaves."""
-    leaves = {
-        name: rollout[name].detach().clone().requires_grad_() for name in rollout.names() if name.startswith(NOW)
-    }
+    leaves = {name: rollout[name].detach().clone().requires_grad_() for name in rollout.names() if name.startswith(NOW)}
     return rollout.with_columns(step=leaves), leaves
 
 
@@ -201,7 +199,7 @@ def outcome(method: Method, rollout: Rollout, pieces: Sequence[Any] | None = Non
     results = [method.loss(evaluated(part), part) for part in parts]
     loss = torch.stack([r[0] for r in results]).sum()
     gradient = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    metrics = {name: sum(r[1][name] for r in results) for name in results[0][1]}
+    metrics = {name: torch.stack([r[1][name] for r in results]).sum() for name in results[0][1]}
     return Outcome(loss.detach(), dict(zip(leaves, gradient, strict=True)), metrics)
 
 

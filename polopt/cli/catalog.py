@@ -186,4 +186,3 @@ def first_line(part: Any) -> str:
 
 def _name(part: Any) -> str:
     return str(getattr(part, "name", "") or getattr(part, "__name__", type(part).__name__))
-

@@ -39,7 +39,7 @@ def silence_libraries() -> None:
     # No variable of the environment turns these off.
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def check_json_path(path: str | None) -> None:
@@ -53,11 +53,15 @@ def check_json_path(path: str | None) -> None:
 
 
 def write_json(value: Mapping[str, Any], path: str) -> None:
-    """Write an object whole or not at all; numbers that JSON lacks (NaN, infinities) become null."""
+    """Write an object; numbers that JSON lacks (NaN, infinities) become null.
+
+    A file is written whole or not at all; a link or device is written through.
+    """
     text = json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
     target = Path(path)
-    if target.exists() and not target.is_file():
-        target.write_text(text, encoding="utf-8")  # a pipe or device cannot be replaced
+    # What is not plainly a file is written to and stays: a device, a pipe, or a link, such as /dev/stdout is one.
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        target.write_text(text, encoding="utf-8")
         return
     handle, name = tempfile.mkstemp(dir=target.absolute().parent, prefix=f".{target.name}.")
     try:

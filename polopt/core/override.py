@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from polopt.core.errors import UsageError
 from polopt.core.method import Method
@@ -35,6 +36,8 @@ def _set(part: Any, path: str, value: Any, key: str) -> Any:
     if isinstance(part, Mapping):
         if head not in part:
             raise UsageError(f"--{key}: there is no {head!r}; there are {', '.join(part) or 'none'}")
+        if not rest:
+            raise UsageError(f"--{key}: name a field of it, one of {', '.join(_fields(part[head])) or 'none'}")
         return {**part, head: _set(part[head], rest, value, key)}
     members = flatten(part)
     if len(members) > 1 or (rest and members):
@@ -60,33 +63,54 @@ def _set(part: Any, path: str, value: Any, key: str) -> Any:
 
 
 def _fields(part: Any) -> dict[str, Any]:
+    """The settable fields of a part and their types."""
     if not dataclasses.is_dataclass(part):
         return {}
     hidden = set(getattr(part, "state", ()))
-    return {f.name: f.type for f in dataclasses.fields(part) if f.init and f.name not in hidden}
+    hints = get_type_hints(type(part))
+    return {f.name: hints[f.name] for f in dataclasses.fields(part) if f.init and f.name not in hidden}
 
 
-def coerce(value: Any, annotation: Any, key: str) -> Any:
-    """A command-line string as the type of the field; other values pass unchanged.
+def coerce(value: Any, wanted: Any, key: str) -> Any:
+    """A command-line string as the type of the field; other values pass unchanged, an int as a float where one is due.
 
-    Raises UsageError naming the option and the value when it cannot be read.
+    Tuples are separated by commas, mappings are ``name=number`` pairs separated by commas. Raises UsageError naming the
+    option and the value when it cannot be read or is none of the values that the type lists.
     """
-    if not isinstance(value, str):
-        if isinstance(value, int) and not isinstance(value, bool) and "float" in str(annotation):
-            return float(value)
-        return value
-    wanted = str(annotation)
-    if "None" in wanted and value.lower() in ("none", "null"):
+    choices = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+    if isinstance(value, str) and NoneType in choices and value.lower() in ("none", "null"):
         return None
-    try:
-        if "bool" in wanted:
-            return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
-        if "Mapping" in wanted or "dict" in wanted:
-            return {k: float(v) for k, v in (item.split("=") for item in value.split(","))}
-        if "float" in wanted:
-            return float(value)
-        if "int" in wanted:
-            return int(value)
-    except (KeyError, ValueError):
-        raise UsageError(f"--{key} expects {wanted}, got {value!r}") from None
+    for choice in choices:
+        try:
+            return _read(value, choice)
+        except (KeyError, ValueError):
+            continue
+    shown = " or ".join(_shown(choice) for choice in choices)
+    raise UsageError(f"--{key} expects {shown}, got {value!r}") from None
+
+
+def _read(value: Any, wanted: Any) -> Any:
+    origin, arguments = get_origin(wanted) or wanted, get_args(wanted)
+    if origin is Literal:
+        return arguments[[str(a) for a in arguments].index(str(value))]
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, str):
+        return value
+    if origin is bool:
+        return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
+    if origin in (int, float):
+        return origin(value)
+    if origin is NoneType:
+        raise ValueError(value)
+    if origin is tuple:
+        return tuple(_read(item, arguments[0]) for item in value.split(",") if item)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {name: float(number) for name, number in (item.split("=") for item in value.split(","))}
     return value
+
+
+def _shown(wanted: Any) -> str:
+    if get_origin(wanted) is Literal:
+        return "one of " + ", ".join(str(a) for a in get_args(wanted))
+    return {bool: "true or false", NoneType: "none"}.get(wanted, getattr(wanted, "__name__", str(wanted)))

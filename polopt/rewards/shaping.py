@@ -28,9 +28,11 @@ class KLPenalty(Part):
         return frozenset({"logp", f"logp/{self.model}"}) if self.beta else frozenset()
 
     def __call__(self, rollout: Rollout) -> Rollout:
-        before = rollout["step_reward"] if "step_reward" in rollout else torch.zeros(rollout.n_steps)
+        if "step_reward" not in rollout:
+            rollout = rollout.with_columns(step={"step_reward": torch.zeros(rollout.n_steps, device=rollout.device)})
         if not self.beta:
-            return rollout.with_columns(step={"step_reward": before})
+            return rollout
+        before = rollout["step_reward"]
         gap = torch.where(rollout.mask, rollout.logp - rollout[f"logp/{self.model}"], 0.0)
         return rollout.with_columns(step={"step_reward": before.to(gap) - self.beta * gap})
 

@@ -81,9 +81,7 @@ def make_held_out(config: RunConfig) -> Problem:
 
 def _given_rewards(config: RunConfig, source: str) -> tuple[NamedReward, ...]:
     if not config.reward:
-        raise UsageError(
-            f"data {source!r} needs a reward: give --reward math-verify, exact-match or file.py:function"
-        )
+        raise UsageError(f"data {source!r} needs a reward: give --reward math-verify, exact-match or file.py:function")
     return tuple(parse_reward(spec) for spec in config.reward)
 
 
@@ -127,7 +125,11 @@ def make_policy(config: RunConfig, limit: int) -> CausalLM:
 
 def make_method(config: RunConfig) -> Method:
     """The method with the configuration's slots and fields replaced."""
-    return override(get_method(config.method), config.slots)
+    made = override(get_method(config.method), config.slots)
+    if made.controller is None:
+        return made
+    # The controller's starting coefficients hold from the first iteration on, and what they need is there from the start.
+    return override(made, made.clone().controller({}))
 
 
 def resolve(config: RunConfig) -> RunConfig:

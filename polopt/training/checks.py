@@ -68,7 +68,7 @@ def check_first_update(statistics: RatioStatistics, tolerance: float, strict: bo
     if not statistics.steps:
         return {}
     mean = statistics.gap / statistics.steps
-    if strict and mean > tolerance:
+    if strict and not mean <= tolerance:  # a gap of NaN is not small
         raise CheckFailed(
             f"strict check: the learner's log-probs differ from the sampler's by {mean:.2g} on average before the "
             f"first update (allowed: {tolerance:.2g}); the ratio does not start at 1"

@@ -6,8 +6,9 @@ import dataclasses
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -114,8 +115,20 @@ class RunConfig:
         for name in ("prompts", "group", "token_budget", "max_rows", "eval_prompts", "eval_samples", "keep"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if self.lr is not None and not self.lr > 0:
-            raise UsageError(f"--lr must be above 0, got {self.lr}")
+        for name in ("warmup", "weight_decay", "beta1", "beta2"):
+            value = getattr(self, name)
+            if not 0 <= value or (name.startswith("beta") and value >= 1):
+                bound = "at least 0 and below 1" if name.startswith("beta") else "at least 0"
+                raise UsageError(f"--{name.replace('_', '-')} must be {bound}, got {value}")
+        for name in ("lr", "reward_timeout", "threads"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+        for name, allowed in _choices().items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} cannot be {getattr(self, name)!r}; choose from {', '.join(allowed)}"
+                )
         if self.task is not None and self.data is not None:
             raise UsageError(f"--task {self.task} and --data {self.data} exclude each other; give one of them")
         if self.lora is not None and self.lora < 1:
@@ -125,6 +138,13 @@ class RunConfig:
         """Plain data, as written into the run's folder."""
         plain = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+
+@cache
+def _choices() -> dict[str, tuple[str, ...]]:
+    """What the settings with fixed choices can be."""
+    hints = get_type_hints(RunConfig)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -192,7 +212,7 @@ def _typed(name: str, value: Any, kind: str) -> Any:
     if kind.startswith("tuple"):
         value = tuple(value) if isinstance(value, list | tuple) else (value,)
         wanted: type | tuple[type, ...] = int if "int" in kind else str
-        fine = all(isinstance(item, wanted) for item in value)
+        fine = all(isinstance(item, wanted) and not isinstance(item, bool) for item in value)
     elif value is None:
         fine = "None" in kind
     elif kind.startswith("bool"):
@@ -200,14 +220,14 @@ def _typed(name: str, value: Any, kind: str) -> Any:
     elif kind.startswith("float"):
         # YAML 1.1 reads 1e-4 as a string.
         try:
-            value = float(value)
-            fine = True
+            fine = not isinstance(value, bool)
+            value = float(value) if fine else value
         except (TypeError, ValueError):
             fine = False
     elif kind.startswith("int"):
         fine = isinstance(value, int) and not isinstance(value, bool)
     else:
-        value = str(value) if isinstance(value, int) else value
+        value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
         fine = isinstance(value, str) and (not kind.startswith("Literal") or f"'{value}'" in kind.replace('"', "'"))
     if not fine:
         raise UsageError(f"setting {name!r} cannot be {value!r}; it is {kind}")

@@ -32,6 +32,9 @@ from polopt.training.trainer import Optimization, Trainer
 # Mean |log-prob gap| between sampler and learner that rounding explains; bfloat16 keeps 8 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
+PROMPTS_CHECKED = 20_000
+"""Training prompts that are tokenized before anything is written; about three seconds. Later ones fail when drawn."""
+
 
 def train(
     config: RunConfig, *, resume: bool = False, quiet: bool = False, console: Console | None = None
@@ -83,6 +86,7 @@ def make_trainer(config: RunConfig, run: Path, bar: RunProgress) -> Trainer:
     limit = getattr(method.rollout, "max_new_tokens", None) or problem.limit
     policy = make_policy(config, limit)
     check_needs(method, policy, problem.rewards)
+    policy.check_prompts([*problem.train[:PROMPTS_CHECKED], *problem.held_out])
     scorer = Scorer(problem.rewards, config.on_reward_error, config.reward_timeout)
     profiler = Profiler(enabled=config.profile, trace=config.profile)
     rate = float(config.lr or 0.0)

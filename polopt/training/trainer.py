@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from polopt.core.errors import UsageError
 from polopt.core.method import Method
 from polopt.core.override import override
+from polopt.core.part import flatten
 from polopt.core.policy import Policy
 from polopt.core.rollout import LEVELS, Rollout
 from polopt.training import checks
@@ -179,9 +180,10 @@ class Trainer:
 
     def _observe(self, batch: Collected, metrics: dict[str, float]) -> None:
         """Curricula and other parts learn from the iteration; controllers set coefficients for the next one."""
-        for part in self.method.slots().values():
-            if hasattr(part, "observe"):
-                part.observe(batch.drawn)
+        for slot in self.method.slots().values():
+            for part in flatten(slot):
+                if hasattr(part, "observe"):
+                    part.observe(batch.drawn)
         if self.method.controller is not None:
             statistics = {**metrics, "trajectories": float(batch.drawn.n_trajectories)}
             self.controlled |= self.method.controller(statistics)
@@ -207,9 +209,9 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         columns = {f"{level}/{n}": v.contiguous() for level in LEVELS for n, v in batch.columns.get(level, {}).items()}
         columns |= {"lengths": batch.lengths, "group": batch.group.contiguous()}
-        save_file(
-            {name: value.clone() for name, value in columns.items()}, folder / f"step-{self.iteration:08d}.safetensors"
-        )
+        # One iteration may reject several updates; the count tells them apart.
+        name = f"step-{self.iteration:08d}-{self.rejected:04d}.safetensors"
+        save_file({name: value.clone() for name, value in columns.items()}, folder / name)
         checks.check_finite({}, self.strict, f"update rejected because {reason}; its batch is in {folder}")
 
     def evaluate(self) -> dict[str, float]:

@@ -76,7 +76,7 @@ class BatchStep:
     def gradient(self) -> dict[str, float]:
         """Fill ``.grad`` with the gradient of the batch's loss; returns ``loss`` and the objective's metrics."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.finite = True
+        self.finite, self.two_pass, self.reused = True, False, False
         self.ratios = RatioStatistics()
         active = contributing(self.method, self.batch)
         if not bool(active.any()):
@@ -214,7 +214,8 @@ def minibatches(rollout: Rollout, count: int, unit: str, generator: torch.Genera
     units = int(owners.max()) + 1 if owners.numel() else 0
     shuffled = torch.randperm(units, generator=generator)
     batches = []
-    for chosen in shuffled.chunk(min(count, max(units, 1))):
+    # Not `chunk`, which gives fewer or very unequal parts: 14 in 4 would be 4, 4, 4, 2, and 6 in 4 would be 3 parts.
+    for chosen in shuffled.tensor_split(min(count, max(units, 1))):
         member = torch.isin(owners.cpu(), chosen)
         if bool(member.any()):
             batches.append(rollout.select(member.to(rollout.device)))

@@ -49,7 +49,9 @@ def test_slots_and_fields_are_taken_out_and_the_rest_is_left_in_order() -> None:
 
 
 def test_hyphens_are_kept_in_the_names_of_parts_and_the_last_setting_counts() -> None:
-    slots = of("--objective.clipped-value.coefficient", "1", "--advantage=a", "--advantage=b", "--schedule.epochs=x=y")[2]
+    slots = of("--objective.clipped-value.coefficient", "1", "--advantage=a", "--advantage=b", "--schedule.epochs=x=y")[
+        2
+    ]
     assert slots == {"objective.clipped-value.coefficient": "1", "advantage": "b", "schedule.epochs": "x=y"}
 
 
@@ -84,8 +86,8 @@ def test_what_cannot_be_split(arguments: tuple[str, ...], message: str) -> None:
 def test_values_have_the_type_of_their_setting() -> None:
     given = parse(
         "train", "", groups(),
-        ["--map", "prompt=q", "--map=answer=a", "--level", "1", "2", "--lr", "1e-4", "--no-strict", "--lora-alpha", "None",
-         "--max_rows", "7", "--track", "none", "grpo", "--reward", "a", "--reward", "b"],
+        ["--map", "prompt=q", "--map=answer=a", "--level", "1", "2", "--lr", "1e-4", "--no-strict",
+         "--lora-alpha", "None", "--max_rows", "7", "--track", "none", "grpo", "--reward", "a", "--reward", "b"],
         Option("slug", str | None, None, ""),
     )  # fmt: skip
     expected: dict[str, Any] = {
@@ -121,8 +123,9 @@ def test_slots_are_no_options_of_a_command_without_a_method() -> None:
 
 def test_split_names_mean_what_override_does() -> None:
     slots = of(
-        "--advantage", "leave-one-out", "--objective.high", "0.28", "--rollout.max-new-tokens", "64", "--schedule.epochs=2",
-        "--regularizer", "kl", "--regularizer.beta", "0.04", "--models.ref.every", "10", "--filter", "dapo",
+        "--advantage", "leave-one-out", "--objective.high", "0.28", "--rollout.max-new-tokens", "64",
+        "--schedule.epochs=2", "--regularizer", "kl", "--regularizer.beta", "0.04", "--models.ref.every", "10",
+        "--filter", "dapo",
     )[2]  # fmt: skip
     method = override(get_method("grpo"), slots)
     assert method.advantage.name == "leave-one-out"

@@ -99,7 +99,7 @@ def test_columns_that_do_not_fit() -> None:
 def test_a_missing_column_is_named() -> None:
     rollout = sample()
     for read in (lambda: rollout["value"], lambda: rollout.level("value"), lambda: rollout.advantage):
-        with pytest.raises(MissingColumn, match="no column '(value|advantage)'; it has level, logp"):
+        with pytest.raises(MissingColumn, match=r"no column '(value|advantage)'; it has level, logp"):
             read()
 
 
@@ -138,7 +138,7 @@ def test_padding_there_and_back(seed: int) -> None:
     padded = rollout.pad(rollout["x"], fill=-7.0)
     inside = torch.arange(padded.shape[1])[None] < rollout.lengths[:, None]
     same(padded.detach(), torch.where(inside, values[:, : padded.shape[1]], -7.0).detach())
-    padded[inside].square().sum().backward()
+    padded[inside].square().sum().backward()  # type: ignore[no-untyped-call]
     assert values.grad is not None
     same(values.grad[:, : padded.shape[1]], torch.where(inside, 2 * values.detach()[:, : padded.shape[1]], 0.0))
 
@@ -249,7 +249,7 @@ def test_select_by_mask_and_with_repeats() -> None:
 def test_select_is_differentiable() -> None:
     leaf = torch.zeros(12, requires_grad=True)
     piece = sample(now=leaf).select(torch.tensor([4, 1]))
-    (piece["now"] * f64([1, 2, 3])).sum().backward()
+    (piece["now"] * f64([1, 2, 3])).sum().backward()  # type: ignore[no-untyped-call]
     assert leaf.grad is not None
     assert leaf.grad.tolist() == [0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 1, 2]
 

@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 
 def softmax(logits: Sequence[float]) -> Floats:
     weights = np.exp(np.asarray(logits, dtype=np.float64))
-    return weights / weights.sum()
+    return np.asarray(weights / weights.sum())
 
 
 def bandit_gradient(logits: Sequence[float], rewards: Sequence[float]) -> Floats:

@@ -12,7 +12,7 @@ from polopt.core.rollout import Rollout
 from polopt.methods.base.dr_grpo import dr_grpo
 from polopt.methods.base.grpo import grpo
 from tests.methods.enumeration import bandit_gradient, expected_gradient
-from tests.support import DELTA, OLD, close, f64, now, same, value_and_gradient, with_advantage, worked
+from tests.support import DELTA, OLD, close, now, same, value_and_gradient, with_advantage, worked
 
 MOVED = [old + delta for old, delta in zip(OLD, DELTA, strict=True)]
 four = dr_grpo | {"aggregation": FixedLength(4)}

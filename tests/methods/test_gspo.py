@@ -92,9 +92,7 @@ def test_at_the_sampling_policy_it_is_grpo() -> None:
 
 def test_doubling_every_step_leaves_the_ratio_alone() -> None:
     twice = [i for i in range(10) for _ in range(2)]
-    doubled = Rollout.from_arrays(
-        [IDS[i] for i in twice], [0, 0, 1, 1], step={"logp": f64([OLD[i] for i in twice])}
-    )
+    doubled = Rollout.from_arrays([IDS[i] for i in twice], [0, 0, 1, 1], step={"logp": f64([OLD[i] for i in twice])})
     doubled = with_advantage(doubled, ADVANTAGE)
     loss, gradient = value_and_gradient(tenth, now(MOVED[twice]), doubled)
     base_loss, base = value_and_gradient(tenth, now(MOVED), with_advantage(worked(), ADVANTAGE))

@@ -36,7 +36,10 @@ def random_groups(seed: int) -> Rollout:
     generator = torch.Generator().manual_seed(seed)
     rewards = torch.randn(7, generator=generator, dtype=torch.float64)
     return Rollout.from_arrays(
-        [0, 0, 1, 2, 2, 3, 4, 5, 6], [1, 0, 1, 0, 1, 2, 1], step={"logp": -torch.ones(9)}, trajectories={"reward": rewards}
+        [0, 0, 1, 2, 2, 3, 4, 5, 6],
+        [1, 0, 1, 0, 1, 2, 1],
+        step={"logp": -torch.ones(9)},
+        trajectories={"reward": rewards},
     )
 
 

@@ -67,9 +67,7 @@ def test_far_ratios_and_steep_gates_fade() -> None:
 @pytest.mark.parametrize("distance", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_the_gate_is_even_in_the_distance_from_one(distance: float, advantage: float) -> None:
-    same(
-        gate_weight(sapo, math.log(1 + distance), advantage), gate_weight(sapo, math.log(1 - distance), advantage)
-    )
+    same(gate_weight(sapo, math.log(1 + distance), advantage), gate_weight(sapo, math.log(1 - distance), advantage))
 
 
 @pytest.mark.parametrize("delta", [-0.7, -0.1, 0.2, 0.9])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from polopt.core.errors import UsageError
-from polopt.core.example import Text
+from polopt.core.example import Example, Text
 from polopt.core.loss import Evaluation
 from polopt.core.policy import Request, Sampling
 from polopt.core.rollout import Rollout, Source
@@ -208,6 +208,11 @@ class CausalLM:
                 f"leaves room for at most {context - 1}"
             )
         return list(ids)
+
+    def check_prompts(self, examples: Sequence[Example]) -> None:
+        """Raise UsageError for the first of these examples whose prompt cannot be sampled from."""
+        for example in examples:
+            self.tokenize_prompt(example.prompt, example.id)
 
     def _tokenize_text(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text)["input_ids"])

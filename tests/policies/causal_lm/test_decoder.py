@@ -294,7 +294,7 @@ def test_neighbours_and_order_change_nothing() -> None:
     assert [ids.tolist() for ids in split(backwards)][::-1] == [ids.tolist() for ids in split(together)]
 
 
-@pytest.mark.parametrize(("ends", "groups", "method"), [(1, 12, "_moved"), (14, 60, "_moved_left")])
+@pytest.mark.parametrize(("ends", "groups", "method"), [(1, 12, "_moved"), (14, 120, "_moved_left")])
 def test_long_ragged_batches_survive_growth_reuse_and_compaction(
     ends: int, groups: int, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

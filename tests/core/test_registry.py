@@ -1,0 +1,82 @@
+"""Methods by slug, parts by slot and name."""
+
+from __future__ import annotations
+
+import pytest
+
+from polopt.advantages.group import GroupZScore
+from polopt.core import registry
+from polopt.core.errors import UsageError
+from polopt.core.method import Method
+from polopt.core.part import SLOTS, named_parts
+from polopt.core.registry import find_part, method, registered
+from polopt.methods import get_method, methods
+from polopt.methods.base.grpo import grpo
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    methods()
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+
+def test_every_file_of_methods_registers_itself() -> None:
+    known = methods()
+    assert {"reinforce", "rloo", "ppo", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "sapo"} <= set(known)
+    assert list(known) == sorted(known)
+    for slug, made in known.items():
+        assert made.slug == slug
+        assert made.family
+        assert made.paper
+        assert made.seed
+        assert len(made.doc.strip().splitlines()) > 1, f"{slug} says nothing about itself"
+
+
+def test_a_misspelt_slug_gets_a_hint() -> None:
+    assert get_method("grpo") is grpo
+    with pytest.raises(UsageError, match=r"unknown method 'grppo'; did you mean 'grpo'.*`polopt methods` lists all"):
+        get_method("grppo")
+
+
+def test_a_method_of_the_user_inherits_and_replaces() -> None:
+    mine = method("mine", grpo, advantage=GroupZScore(eps=0.5))
+    assert (mine.slug, mine.family) == ("mine", "user")
+    assert mine.doc == __doc__
+    assert mine.objective == grpo.objective
+    assert mine.advantage.eps == 0.5
+    assert registered()["mine"] is mine
+
+
+def test_mistakes_in_a_method_file() -> None:
+    with pytest.raises(UsageError, match="unknown slot 'advantages'"):
+        method("mine", grpo, advantages=GroupZScore())
+    with pytest.raises(ValueError, match="two methods are called 'grpo'"):
+        method("grpo", grpo)
+
+
+def test_a_file_is_named_after_its_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "__name__", "polopt.methods.base.other")
+    with pytest.raises(ValueError, match=r"method 'a-b' must live in a_b.py, not in polopt.methods.base.other"):
+        method("a-b", grpo)
+    assert method("other", grpo).family == "base"
+
+
+def test_parts_by_name_or_method() -> None:
+    assert find_part("advantage", "group-zscore") == GroupZScore()
+    assert find_part("advantage", "grpo") == GroupZScore()
+    assert find_part("advantage", "none") is None
+    assert find_part("models", "none") == {}
+    with pytest.raises(UsageError, match=r"unknown advantage 'group-zskore'; did you mean 'group-zscore'"):
+        find_part("advantage", "group-zskore")
+
+
+@pytest.mark.parametrize("slot", SLOTS)
+def test_every_named_part_stands_by_itself(slot: str) -> None:
+    for name, make in named_parts(slot).items():  # type: ignore[arg-type]
+        made = make()
+        assert made.slot == slot
+        assert made.name == name
+        assert made.__doc__
+        assert isinstance(made.needs, frozenset)
+        assert isinstance(made.state_dict(), dict)
+    assert isinstance(grpo, Method)
