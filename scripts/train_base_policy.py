@@ -259,6 +259,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, record: di
         tokenizer.save_pretrained(staging)
         (Path(staging) / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         for file in Path(staging).iterdir():
+            file.chmod(0o644)  # the weights are written for their owner only, but they ship
             file.replace(out / file.name)
 
 

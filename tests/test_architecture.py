@@ -16,7 +16,7 @@ LAYERS = [
     {"policies", "tasks", "assets", *PARTS},
     {"methods"},
     {"training"},
-    {"engines", "compare", "claims"},
+    {"engines", "compare", "claims", "diagnosis"},
     {"cli"},
 ]
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}

@@ -33,6 +33,7 @@ class Command:
 COMMANDS = {
     "train": Command("polopt.cli.train", "train_command", "improve a policy by a method"),
     "eval": Command("polopt.cli.evaluate", "eval_command", "measure a policy on held-out prompts"),
+    "diagnose": Command("polopt.cli.diagnose", "diagnose_command", "measure a method's gradient by enumeration"),
     "methods": Command("polopt.cli.catalog", "methods_command", "list the methods"),
     "show": Command("polopt.cli.catalog", "show_command", "explain a method: citation, equations, parts, options"),
     "parts": Command("polopt.cli.catalog", "parts_command", "list the parts that fit a slot"),

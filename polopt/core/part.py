@@ -156,7 +156,7 @@ def named_parts(slot: Slot) -> Mapping[str, Callable[[], Any]]:
 
 
 def describe(value: Any) -> str:
-    """A part as a short call: its name and the fields that differ from its defaults are all shown."""
+    """A part as a short call: its name and its settings."""
     if value is None:
         return "none"
     if isinstance(value, Sum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How actions are drawn: softmax(logits / temperature), truncated by top-k, then top-p, then min-p; 0 is greedy.
+    """How actions are drawn and when a trajectory ends.
 
-    ``max_new_tokens`` None leaves it to the task. ``stop`` are strings, ``stop_ids`` actions, that end a trajectory.
-    Raises UsageError for a value out of range.
+    ``temperature`` divides the logits; 0 takes the most likely token. ``top_k``, ``top_p`` and ``min_p`` truncate the
+    tempered distribution (0, 1 and 0 switch them off), in that order. A trajectory ends at its
+    policy's own end, at one of ``stop_ids``, at the token that completes one of the ``stop`` strings, or after
+    ``max_new_tokens`` (None leaves that to the task).
+
+    Raises UsageError naming the field and its value when a value is out of range.
     """
 
     temperature: float = 1.0
@@ -41,16 +46,25 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        checks = {
-            "temperature": self.temperature >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "top_k": self.top_k >= 0,
-            "min_p": 0 <= self.min_p < 1,
-            "max_new_tokens": self.max_new_tokens is None or self.max_new_tokens >= 1,
-        }
-        for name, fine in checks.items():
-            if not fine:
-                raise UsageError(f"sampling option {name} cannot be {getattr(self, name)}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"temperature is {self.temperature}; it must be finite and at least 0 (0 is greedy)")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1 switches it off)")
+        if self.top_k < 0:
+            raise UsageError(f"top_k is {self.top_k}; it must be at least 0 (0 switches it off)")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"min_p is {self.min_p}; it must be between 0 and 1 (0 switches it off)")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise UsageError(f"stop is {self.stop!r}; it must be a tuple of non-empty strings")
+        if any(token < 0 for token in self.stop_ids):
+            raise UsageError(f"stop_ids is {self.stop_ids}; token ids must be at least 0")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from less than the full distribution."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 class Policy(Protocol):

@@ -12,6 +12,11 @@ from polopt.core.part import SLOTS, Slot, check_slot, named_parts, suggest
 
 _METHODS: dict[str, Method] = {}
 
+REQUIRED: frozenset[Slot] = frozenset(
+    {"curriculum", "rollout", "advantage", "objective", "aggregation", "update", "schedule"}
+)
+"""Slots that a training run cannot do without; the others may be empty."""
+
 
 def method(slug: str, base: Method | None = None, *, seed: str = "", paper: str = "", **slots: Any) -> Method:
     """Register the method of the calling file: the parts of ``base`` with some slots replaced.
@@ -53,6 +58,8 @@ def find_part(slot: Slot, name: str) -> Any:
     Raises UsageError when neither exists.
     """
     if name == "none":
+        if slot in REQUIRED:
+            raise UsageError(f"slot {slot!r} cannot be empty; name one of its parts or a method's slug")
         return {} if slot == "models" else None
     known = registered()
     parts: Mapping[str, Callable[[], Any]] = named_parts(slot)

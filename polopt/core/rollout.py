@@ -117,10 +117,11 @@ class Rollout:
     ) -> Self:
         """A rollout from array-likes: ``trajectory`` [N] ids 0, 0, 1, ... in order, ``group`` [M], columns per level.
 
-        Raises ValueError when ids are not contiguous from 0 or a column's length does not fit its level.
+        Groups may carry any integer labels; they are numbered in the order of their labels, and ``groups`` columns are
+        in that order. Raises ValueError when ids are not contiguous from 0 or a column's length does not fit its level.
         """
         ids = torch.as_tensor(trajectory, dtype=torch.int64)
-        owner = torch.as_tensor(group, dtype=torch.int64, device=ids.device)
+        owner = _numbered(torch.as_tensor(group, dtype=torch.int64, device=ids.device))
         jumps = ids.diff()
         contiguous = ids.numel() == 0 or (int(ids[0]) == 0 and bool(((jumps == 0) | (jumps == 1)).all()))
         count = int(ids[-1]) + 1 if ids.numel() else 0
@@ -154,7 +155,8 @@ class Rollout:
         """A rollout from right-padded matrices, as most trainers hold them; differentiable in the step columns.
 
         ``mask`` [M, T] is non-zero where a step trains; zeros inside a row stay as masked steps, trailing zeros are
-        padding and go (a row of zeros keeps one masked step). ``step`` columns are [M, T]. `pad` is the way back.
+        padding and go (a row of zeros keeps one masked step). ``step`` columns are [M, T]. ``group`` may carry any
+        integer labels. `pad` is the way back.
         """
         chosen = mask.bool()
         position = torch.arange(1, chosen.shape[1] + 1, device=chosen.device)
@@ -173,7 +175,7 @@ class Rollout:
             "trajectory": {name: torch.as_tensor(value, device=on) for name, value in (trajectories or {}).items()},
             "group": {name: torch.as_tensor(value, device=on) for name, value in (groups or {}).items()},
         }
-        return cls(lengths, torch.as_tensor(group, dtype=torch.int64, device=on), columns)
+        return cls(lengths, _numbered(torch.as_tensor(group, dtype=torch.int64, device=on)), columns)
 
     def pad(self, values: Tensor, *, fill: float = 0.0) -> Tensor:
         """Step values [N] as a right-padded matrix [M, longest trajectory]; the inverse of `from_padded`."""
@@ -478,6 +480,12 @@ class Rollout:
             group=self.group.to(device),
             columns={level: {n: v.to(device) for n, v in values.items()} for level, values in self.columns.items()},
         )
+
+
+def _numbered(labels: Int[Tensor, " trajectory"]) -> Int[Tensor, " trajectory"]:
+    """Labels as 0, 1, ... without gaps: a gap would be an empty group, and count in a mean over groups."""
+    _, numbered = torch.unique(labels, return_inverse=True)
+    return cast(Tensor, numbered)
 
 
 Unit = Literal["step", "trajectory", "group", "batch"]

@@ -54,4 +54,5 @@ class KL(Part):
             return per_step(torch.zeros_like(evaluation.logp))
         gap = torch.where(rollout.mask, rollout[f"logp/{self.model}"] - evaluation.logp, 0.0)
         kl = kl_estimate(gap, self.estimator)
-        return per_step(self.beta * kl, kl=rollout.batch_mean(kl.detach()))
+        metric = "kl" if self.model == "ref" else f"kl/{self.model}"
+        return per_step(self.beta * kl, **{metric: rollout.batch_mean(kl.detach())})

@@ -20,6 +20,8 @@ class Groups(Sampling, Part):
     Adds the trajectory column ``limit``, the completion budget. Raises UsageError for an option out of range.
     """
 
+    gives = frozenset({"limit"})
+
     def __call__(
         self,
         policy: Policy,

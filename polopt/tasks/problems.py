@@ -192,8 +192,9 @@ def _several_modes(world: _World, *, modes: int = 3, near: float = 0.0, spread: 
     for b in range(world.batch):
         order = torch.randperm(space.n_sequences, generator=world.generator)
         first = space.sequences[order, 0]
-        # The i-th sequence with a first token gets rank i: taking low ranks first spreads the modes over tokens.
-        rank = torch.stack([(first[:i] == first[i]).sum() for i in range(len(first))])
+        # How many before it start alike: taking low ranks first spreads the modes over first tokens.
+        alike = torch.nn.functional.one_hot(first, space.vocabulary).cumsum(0)
+        rank = alike.gather(1, first[:, None])[:, 0]
         chosen = order[rank.argsort(stable=True)[:modes]]
         if near:
             differs = (space.sequences[:, None] != space.sequences[chosen][None]).sum(-1).amin(-1)

@@ -128,7 +128,7 @@ def make_method(config: RunConfig) -> Method:
     made = override(get_method(config.method), config.slots)
     if made.controller is None:
         return made
-    # The controller's starting coefficients hold from the first iteration on, and what they need is there from the start.
+    # The controller's starting coefficients hold, and what they need is there, from the first iteration on.
     return override(made, made.clone().controller({}))
 
 
@@ -136,7 +136,7 @@ def resolve(config: RunConfig) -> RunConfig:
     """The configuration with every default that depends on others filled in."""
     small = config.model is None
     if config.lr is None:
-        config = replace(config, lr=1e-3 if small else 1e-5 if config.lora else 1e-6)
+        config = replace(config, lr=2e-4 if small else 1e-5 if config.lora else 1e-6)
     if all(limit is None for limit in (config.steps, config.seconds, config.tokens, config.rollouts)):
         config = replace(config, steps=SMALL_WORLD_STEPS if small else 500)
     if config.task is None and config.data is None:

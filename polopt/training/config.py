@@ -61,7 +61,7 @@ class RunConfig:
     seed: int = 0
     """The run is a function of it."""
     lr: float | None = None
-    """Learning rate of AdamW; 1e-3 in the small world, 1e-5 for LoRA and 1e-6 for other models when left out."""
+    """Learning rate of AdamW; 2e-4 in the small world, 1e-5 for LoRA and 1e-6 for other models when left out."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate over the budget, after the warm-up."""
     warmup: int = 0
@@ -117,7 +117,7 @@ class RunConfig:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "beta1", "beta2"):
             value = getattr(self, name)
-            if not 0 <= value or (name.startswith("beta") and value >= 1):
+            if not value >= 0 or (name.startswith("beta") and value >= 1):
                 bound = "at least 0 and below 1" if name.startswith("beta") else "at least 0"
                 raise UsageError(f"--{name.replace('_', '-')} must be {bound}, got {value}")
         for name in ("lr", "reward_timeout", "threads"):
@@ -134,10 +134,26 @@ class RunConfig:
         if self.lora is not None and self.lora < 1:
             raise UsageError(f"--lora is the rank of the adapters and must be at least 1, got {self.lora}")
 
+        for name, value in self.slots.items():
+            if not _is_plain(value):
+                raise UsageError(
+                    f"slot {name!r} cannot be {value!r} in a configuration, from which the run must be repeatable; give "
+                    f"the name of a registered part and its fields, such as {{'advantage': 'group-zscore', "
+                    f"'advantage.eps': 1e-6}}"
+                )
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as written into the run's folder."""
         plain = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or type(value) in (bool, int, float, str)
 
 
 @cache
@@ -236,4 +252,7 @@ def _typed(name: str, value: Any, kind: str) -> Any:
 
 def write_config(config: RunConfig, path: Path) -> None:
     """The resolved configuration; `read_config` of it repeats the run."""
-    path.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False), encoding="utf-8")
+    # Complete or absent, whenever the run is killed: without it there is nothing to resume.
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False), encoding="utf-8")
+    temporary.replace(path)

@@ -134,7 +134,7 @@ def _check_folder(run: Path, config: RunConfig, resume: bool) -> None:
                 f"the run in {run} belongs to method {earlier.method!r}, not to {config.method!r}; resume it with that "
                 f"method or choose another --out"
             )
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+    elif run.exists() and (not run.is_dir() or any(path.name != ".tmp-config.yaml" for path in run.iterdir())):
         raise UsageError(
             f"{run} already exists and is not empty; choose another --out, or continue its run with --resume"
         )

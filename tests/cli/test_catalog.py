@@ -63,7 +63,10 @@ def test_show_has_citation_parts_and_options_that_the_command_line_knows(
         assert len(slots) == 1
 
 
-def test_show_names_the_member_where_two_share_a_field(run: Callable[..., Result]) -> None:
+def test_show_names_the_member_where_two_share_a_field(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
     shown = run("show", "ppo").out
     assert "--objective.coefficient" in shown
     assert "--objective.high" in shown

@@ -75,7 +75,7 @@ WRONG: list[tuple[str, str]] = [
     ("eval --data data.jsonl", "needs a reward"),
     ("eval --task chess", "unknown task 'chess'"),
     ("eval --advantage rloo", "unknown option --advantage"),
-    ("eval --temperature -1", "temperature cannot be -1"),
+    ("eval --temperature -1", "temperature is -1"),
     ("trian grpo", "unknown command 'trian'; did you mean 'train'?"),
 ]
 

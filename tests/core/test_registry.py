@@ -64,7 +64,9 @@ def test_a_file_is_named_after_its_method(monkeypatch: pytest.MonkeyPatch) -> No
 def test_parts_by_name_or_method() -> None:
     assert find_part("advantage", "group-zscore") == GroupZScore()
     assert find_part("advantage", "grpo") == GroupZScore()
-    assert find_part("advantage", "none") is None
+    assert find_part("regularizer", "none") is None
+    with pytest.raises(UsageError, match="slot 'advantage' cannot be empty"):
+        find_part("advantage", "none")
     assert find_part("models", "none") == {}
     with pytest.raises(UsageError, match=r"unknown advantage 'group-zskore'; did you mean 'group-zscore'"):
         find_part("advantage", "group-zskore")

@@ -79,7 +79,6 @@ def test_counts_leave_masked_steps_out() -> None:
         ([1, 1], [0], "without gaps"),
         ([0, 1, 0], [0, 0], "without gaps"),
         ([0, 1], [0, 0, 0], "3 entries of group"),
-        ([0, 0], [-1], "start at 0, got -1"),
     ],
 )
 def test_ids_that_do_not_fit(ids: list[int], group: list[int], words: str) -> None:
@@ -316,3 +315,9 @@ def test_shapes_are_checked_at_run_time() -> None:
         segments.segment_sum(torch.zeros(3), torch.zeros(4, dtype=torch.int64), 1)
     with pytest.raises(jaxtyping.TypeCheckError):
         sample().sum_steps(torch.zeros(12, 2))
+
+
+def test_group_labels_may_be_any_integers() -> None:
+    labelled = Rollout.from_arrays([0, 1, 2], [7, -3, 7], trajectories={"reward": [1.0, 2.0, 3.0]})
+    assert labelled.group.tolist() == [1, 0, 1]
+    assert labelled.counts.groups == 2.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -197,13 +198,23 @@ def even_spec(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def small_run(model_folder: Path, even_spec: str) -> Callable[..., Any]:
-    """A configuration of a run that takes about a second; options replace or add settings."""
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty prompts with answers as a user's own data, of which the last four are held out."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    examples = get_task("arithmetic").examples(40, seed=1)
+    path.write_text("".join(json.dumps({"prompt": e.prompt, "answer": e.answer}) + "\n" for e in examples))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_run(model_folder: Path, even_spec: str, rows: Path) -> Callable[..., Any]:
+    """A configuration of a run that takes half a second; options replace or add settings."""
     from polopt.training.config import RunConfig
 
     def make(out: Path, slots: Mapping[str, Any] | None = None, **options: Any) -> RunConfig:
         settings: dict[str, Any] = {
             "model": str(model_folder),
+            "data": str(rows),
             "reward": (even_spec,),
             "prompts": 2,
             "group": 4,

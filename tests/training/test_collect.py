@@ -215,10 +215,10 @@ class Curious(Part):
         return per_step(evaluation["curvature"])
 
 
-@pytest.mark.parametrize(("objective", "name"), [(Needy(), "Needy"), (Curious(), "'grpo' evaluates")], ids=["needs", "evaluates"])
-def test_a_missing_column_is_named_before_the_first_rollout(
-    objective: Part, name: str, policy: CountingPolicy
-) -> None:
+@pytest.mark.parametrize(
+    ("objective", "name"), [(Needy(), "Needy"), (Curious(), "'grpo' evaluates")], ids=["needs", "evaluates"]
+)
+def test_a_missing_column_is_named_before_the_first_rollout(objective: Part, name: str, policy: CountingPolicy) -> None:
     with pytest.raises(UsageError, match=f"{name}.*'curvature'"):
         check_needs(short("grpo", objective=objective), policy, (EVEN,))
     assert policy.sampled == 0

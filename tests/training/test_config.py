@@ -196,6 +196,8 @@ def test_resolving_fills_every_default_and_keeps_what_was_given() -> None:
 def test_a_controllers_starting_coefficient_holds_from_the_start() -> None:
     plain = get_method("reinforce")
     assert plain.reward.beta == 0.0 and "logp/ref" not in plain.needs
-    controlled = make_method(RunConfig(method="reinforce", slots={"controller": "adaptive-kl", "controller.initial": 0.2}))
+    controlled = make_method(
+        RunConfig(method="reinforce", slots={"controller": "adaptive-kl", "controller.initial": 0.2})
+    )
     assert controlled.reward.beta == 0.2 and "logp/ref" in controlled.needs
     assert controlled.controller.beta is None  # nothing was observed yet

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tests.training.victim import DEATHS
 
 STEPS = 6
-KILLS = 2
+KILLS = 10
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": ("grpo", {}),
     # A moving average as part state, a reference model that is refreshed, a coefficient that is controlled.
@@ -188,14 +188,14 @@ def test_a_kill_at_the_worst_moment_changes_nothing(
     config = settings("reinforce", tmp_path / "run")
     status, _ = victims(config, dies=death)
     assert status == -signal.SIGKILL, "the run was to die"
-    status, _ = victims(config, resume=True)
+    settled = (tmp_path / "run" / "config.yaml").exists()
+    assert settled == (death != "settling")  # before that there is nothing to resume: the run is started again
+    status, _ = victims(config, resume=settled)
     assert status == 0
     same_run(tmp_path / "run", expected)
 
 
-def test_a_run_without_checkpoints_starts_over(
-    victims: Victims, settings: Any, whole: Any, tmp_path: Path
-) -> None:
+def test_a_run_without_checkpoints_starts_over(victims: Victims, settings: Any, whole: Any, tmp_path: Path) -> None:
     expected, _ = whole("reinforce")
     config = settings("reinforce", tmp_path / "run", save_every=None)
     assert victims(config, dies="middle_of_the_log")[0] == -signal.SIGKILL

@@ -41,7 +41,7 @@ class SoftOverlong(Part):
     def __call__(self, rollout: Rollout) -> Rollout:
         limit = rollout["limit"].float() if self.max_length is None else torch.tensor(float(self.max_length))
         cache = limit / 5 if self.cache is None else torch.tensor(float(self.cache))
-        penalty = ((limit - cache - rollout.active_lengths) / cache).clamp(-1.0, 0.0)
+        penalty = ((limit - cache - rollout.lengths) / cache).clamp(-1.0, 0.0)
         reward = rollout.reward + penalty.to(rollout.reward)
         return rollout.with_columns(trajectory={"reward": reward, "reward/overlong": penalty})
 

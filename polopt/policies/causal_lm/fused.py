@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 FUNCTIONALS: Final = frozenset({"logp", "entropy", "lse"})
 """What `linear_functionals` can compute. One more is one line each in `_values` and `_gradient`."""
 
-# Logits up to this size are kept for the backward pass: computing them again would cost more time than it saves memory.
+# Logits up to this size go through in one piece with torch's own backward pass, which keeps them: computing them again
+# would cost more time than it is worth in memory.
 _KEEP_BYTES: Final = 64 * 2**20
 # A chunk's logits take this much, or this share of all logits where that is more: wide chunks use the hardware better,
 # and some three buffers of this size plus a half-precision copy of the weight are all that is ever held.
@@ -58,16 +59,19 @@ def linear_functionals(
         compute = torch.get_autocast_dtype(device)
     full = torch.float64 if compute == torch.float64 else torch.float32
     inverse = torch.as_tensor(temperature, dtype=full, device=hidden.device).reciprocal().expand(hidden.shape[0])
-    size = hidden.shape[0] * weight.shape[0] * full.itemsize
-    keep = chunk is None and size <= _KEEP_BYTES
-    if keep:
-        chunk = max(hidden.shape[0], 1)
-    elif chunk is None:
-        target = min(max(_CHUNK_BYTES, _CHUNK_SHARE * size), _CHUNK_BYTES_MOST)
-        chunk = max(1, int(target / (weight.shape[0] * full.itemsize)))
+    if chunk is None:
+        row = weight.shape[0] * full.itemsize
+        size = hidden.shape[0] * row
+        if size <= _KEEP_BYTES:
+            z = torch.mm(hidden.to(compute), weight.to(compute).t()).to(full)
+            z = z if bias is None else z + bias
+            z = z if scale == 1.0 else z * scale
+            z = z if softcap is None else torch.tanh(z / softcap) * softcap
+            return logit_functionals(z, targets, names, temperature=temperature)
+        chunk = max(1, int(min(max(_CHUNK_BYTES, _CHUNK_SHARE * size), _CHUNK_BYTES_MOST) / row))
     ordered = tuple(sorted(names))
     layer = _Layer(compute, full, softcap, scale)
-    outputs = _apply(hidden, weight, bias, targets, inverse, ordered, layer, chunk, keep and torch.is_grad_enabled())
+    outputs = _apply(hidden, weight, bias, targets, inverse, ordered, layer, chunk)
     return dict(zip(ordered, outputs, strict=True))
 
 
@@ -78,15 +82,20 @@ def logit_functionals(
     *,
     temperature: float | Float[Tensor, " position"] = 1.0,
 ) -> dict[str, Float[Tensor, " position"]]:
-    """The functionals of `linear_functionals` from logits that a model gives itself, in float32."""
-    inverse = torch.as_tensor(temperature, device=logits.device).float().reciprocal().expand(logits.shape[0])
-    z = logits.float() * inverse[:, None]
-    lse = z.logsumexp(-1)
-    logp = z - lse[:, None]
-    found = {"lse": lse, "logp": logp.gather(-1, targets[:, None]).squeeze(-1)}
-    if "entropy" in names:
-        # A model may rule tokens out with logits of -inf; 0 * log 0 is 0.
-        found["entropy"] = -(logp.exp() * logp.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
+    """The functionals of `linear_functionals` from logits that are there already, in float32 (float64 for float64)."""
+    full = torch.promote_types(logits.dtype, torch.float32)
+    z = logits.to(full)
+    if isinstance(temperature, Tensor) or temperature != 1.0:
+        z = z * torch.as_tensor(temperature, dtype=full, device=z.device).reciprocal().expand(z.shape[0])[:, None]
+    found: dict[str, Tensor] = {}
+    if names & {"logp", "entropy"}:
+        logp = z.log_softmax(-1)
+        found["logp"] = logp.gather(-1, targets[:, None]).squeeze(-1)
+        if "entropy" in names:
+            # A model may rule tokens out with logits of -inf; 0 * log 0 is 0.
+            found["entropy"] = -(logp.exp() * logp.clamp_min(torch.finfo(full).min)).sum(-1)
+    if "lse" in names:
+        found["lse"] = z.logsumexp(-1)
     return {name: found[name] for name in names}
 
 
@@ -121,27 +130,24 @@ class _Layer:
         return capped.square_().neg_().add_(1).mul_(factor)
 
 
-def _values(names: tuple[str, ...], z: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The functionals [c] by name, the log-probs [c, V] in place of the logits ``z``, and the log-sum-exp [c]."""
+def _values(names: tuple[str, ...], z: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The functionals [c] by name and the log-sum-exp [c] of logits ``z`` [c, V], which are overwritten."""
     top = z.amax(-1, keepdim=True)
     z -= top  # shifted, so that nothing below subtracts large numbers from each other
     p = z.exp()
-    log_sum = p.sum(-1, keepdim=True).log_()
+    total = p.sum(-1, keepdim=True)
+    log_sum = total.log()
     lse = (log_sum + top).squeeze(-1)
-    z -= log_sum
-    found = {"lse": lse, "logp": z.gather(-1, targets[:, None]).squeeze(-1)}
+    found = {"lse": lse, "logp": (z.gather(-1, targets[:, None]) - log_sum).squeeze(-1)}
     if "entropy" in names:
-        torch.exp(z, out=p)
-        found["entropy"] = -torch.bmm(p[:, None], z[:, :, None]).flatten()
-    return {name: found[name] for name in names}, z, lse
+        found["entropy"] = (log_sum - torch.bmm(p[:, None], z[:, :, None])[:, 0] / total).squeeze(-1)
+    return {name: found[name] for name in names}, lse
 
 
-def _gradient(
-    logp: Tensor, targets: Tensor, values: Mapping[str, Tensor], grads: Mapping[str, Tensor], *, consume: bool
-) -> Tensor:
+def _gradient(logp: Tensor, targets: Tensor, values: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> Tensor:
     """Derivative [c, V] with respect to the logits of the functionals weighted by ``grads`` [c].
 
-    d logp = 1[y] - p,  d lse = p,  d entropy = -p (log p + entropy). ``consume`` lets it overwrite ``logp`` [c, V].
+    d logp = 1[y] - p,  d lse = p,  d entropy = -p (log p + entropy). Overwrites ``logp`` [c, V].
     """
     p = logp.exp()
     row = torch.zeros_like(logp[:, 0])
@@ -151,8 +157,7 @@ def _gradient(
         row = row - grads["logp"]
     if "entropy" in grads:
         row = row - grads["entropy"] * values["entropy"]
-        factor = torch.mul(logp, -grads["entropy"][:, None], out=logp if consume else None)
-        p.mul_(factor.add_(row[:, None]))
+        p.mul_(logp.mul_(-grads["entropy"][:, None]).add_(row[:, None]))
     else:
         p.mul_(row[:, None])
     if "logp" in grads:
@@ -172,36 +177,32 @@ class _LinearFunctionals(torch.autograd.Function):
         names: tuple[str, ...],
         layer: _Layer,
         chunk: int,
-        keep: bool,
     ) -> tuple[Tensor, ...]:
         n = hidden.shape[0]
         outputs = {name: hidden.new_empty(n, dtype=layer.full) for name in names}
         lse = hidden.new_empty(n, dtype=layer.full)
-        kept = None
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(layer.compute)
             for start in range(0, n, chunk):
                 rows = slice(start, start + chunk)
                 z = layer.logits(hidden[rows].to(layer.compute), w, bias, inverse[rows])
-                values, kept, lse[rows] = _values(names, z, targets[rows])
+                values, lse[rows] = _values(names, z, targets[rows])
                 for name, value in values.items():
                     outputs[name][rows] = value
         ctx.names, ctx.layer, ctx.chunk = names, layer, chunk
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            hidden, weight, bias, targets, inverse, lse, kept if keep else None, *(outputs[name] for name in names)
-        )
+        ctx.save_for_backward(hidden, weight, bias, targets, inverse, lse, *(outputs[name] for name in names))
         return tuple(outputs[name] for name in names)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, inverse, lse, kept, *outputs = ctx.saved_tensors
+        hidden, weight, bias, targets, inverse, lse, *outputs = ctx.saved_tensors
         layer: _Layer = ctx.layer
         values = dict(zip(ctx.names, outputs, strict=True))
         grads = {name: g for name, g in zip(ctx.names, grad_outputs, strict=True) if g is not None}
         if not grads:
-            return (None,) * 9
+            return (None,) * 8
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.zeros_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=layer.full) if need_weight else None
@@ -210,15 +211,13 @@ class _LinearFunctionals(torch.autograd.Function):
             w = weight.to(layer.compute)
             for rows in _live_chunks(grads, hidden.shape[0], ctx.chunk):
                 h = hidden[rows].to(layer.compute)
-                fresh = kept is None
-                logp = layer.logits(h, w, bias, inverse[rows]).sub_(lse[rows, None]) if fresh else kept[rows]
+                logp = layer.logits(h, w, bias, inverse[rows]).sub_(lse[rows, None])
                 slope = layer.slope(logp, lse[rows], inverse[rows])
                 g = _gradient(
                     logp,
                     targets[rows],
                     {name: value[rows] for name, value in values.items()},
                     {name: grad[rows].to(layer.full) for name, grad in grads.items()},
-                    consume=fresh,
                 ).mul_(slope)
                 del logp, slope
                 if d_bias is not None:
@@ -232,7 +231,7 @@ class _LinearFunctionals(torch.autograd.Function):
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
             None if d_bias is None else d_bias.to(bias.dtype),
-            *(None,) * 6,
+            *(None,) * 5,
         )
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from polopt.core.errors import UsageError
-from polopt.policies.causal_lm.sampling import Draw, Sampling
+from polopt.core.policy import Sampling
+from polopt.policies.causal_lm.sampling import Draw
 
 Progress = Callable[[int, int], None]
 """(finished trajectories, all trajectories)."""
@@ -100,13 +101,16 @@ def check_request(
         raise UsageError(
             f"stop strings {sampling.stop!r} need the tokenizer that turns tokens into text; pass tokenizer"
         )
+    budget = sampling.max_new_tokens
+    if budget is None:
+        raise UsageError("max_new_tokens is None; a decoder needs a number")
     owner = np.repeat(np.arange(len(prompts)), np.asarray(counts, dtype=np.int64))
-    rooms = np.array([context - len(p) if context is not None else sampling.max_new_tokens for p in prompts], np.int64)
+    rooms = np.array([context - len(p) if context is not None else budget for p in prompts], np.int64)
     device = model.get_input_embeddings().weight.device
     return Request(
         prompts=[list(prompt) for prompt in prompts],
         owner=owner,
-        limits=np.minimum(sampling.max_new_tokens, rooms)[owner],
+        limits=np.minimum(budget, rooms)[owner],
         seeds=seeds.to(device, torch.int64),
         sampling=sampling,
         ends=tuple(sorted({*map(int, eos_ids), *sampling.stop_ids})),

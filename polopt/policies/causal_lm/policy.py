@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -140,15 +141,7 @@ class CausalLM:
             prompts,
             counts,
             trajectory_seeds(seed, counts),
-            decoder.Sampling(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                min_p=sampling.min_p,
-                max_new_tokens=sampling.max_new_tokens or self.default_max_new_tokens,
-                stop=tuple(sampling.stop),
-                stop_ids=tuple(sampling.stop_ids),
-            ),
+            dataclasses.replace(sampling, max_new_tokens=sampling.max_new_tokens or self.default_max_new_tokens),
             eos_ids=self.eos_ids,
             tokenizer=self.tokenizer,
             entropy=True,

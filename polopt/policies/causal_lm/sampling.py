@@ -2,56 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from polopt.core.errors import UsageError
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn and when they end.
-
-    ``temperature`` divides the logits; 0 takes the most likely token. ``top_k``, ``top_p`` and ``min_p`` truncate the
-    tempered distribution (0, 1 and 0 switch them off), in that order. A completion ends at an end-of-sequence id, at
-    one of ``stop_ids``, at the token that completes one of the ``stop`` strings, or after ``max_new_tokens``.
-
-    Raises UsageError naming the field and its value when a value is out of range.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    max_new_tokens: int = 128
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"temperature is {self.temperature}; it must be finite and at least 0 (0 is greedy)")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1 switches it off)")
-        if self.top_k < 0:
-            raise UsageError(f"top_k is {self.top_k}; it must be at least 0 (0 switches it off)")
-        if not 0 <= self.min_p <= 1:
-            raise UsageError(f"min_p is {self.min_p}; it must be between 0 and 1 (0 switches it off)")
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UsageError(f"stop is {self.stop!r}; it must be a tuple of non-empty strings")
-        if any(token < 0 for token in self.stop_ids):
-            raise UsageError(f"stop_ids is {self.stop_ids}; token ids must be at least 0")
-
-    @property
-    def truncates(self) -> bool:
-        """Whether tokens are drawn from less than the full distribution."""
-        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+from polopt.core.policy import Sampling
 
 
 class Draw(NamedTuple):

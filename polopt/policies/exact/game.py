@@ -158,8 +158,8 @@ class PreferenceGame:
         S = diag(p) - p p^T the Jacobian I - P S / tau has eigenvalues 1 + i x (P - 1/2 is antisymmetric), so it is
         never singular and Newton's direction always lowers |F|.
 
-        Raises UsageError for tau <= 0 or a reference without full support, RuntimeError where rounding stops it short
-        of 1e-9 / tau.
+        Raises UsageError for tau <= 0 or a reference without full support, RuntimeError where F stays above 1e-9 / tau
+        (seen for tau <= 1e-5).
         """
         check_positive("tau", tau)
         if not bool((reference > 0).all()):
@@ -175,26 +175,33 @@ class PreferenceGame:
         eye = torch.eye(margin.shape[-1], dtype=margin.dtype)
         z = base.clone()
         left = residual(z)
+        # What rounding of log reference and of P p / tau leaves of F.
+        floor = 8 * torch.finfo(z.dtype).eps * (base.abs().amax(-1, keepdim=True) + 1 / tau)
         for _ in range(_STEPS):
+            now = left.abs().amax(-1, keepdim=True)
+            if bool((now <= floor).all()):
+                break
             p = z.softmax(-1)
             # margin @ (diag p - p p^T)
             slope = margin * p[:, None, :] - (margin @ p[..., None]) * p[:, None, :]
             step = torch.linalg.solve(eye - slope / tau, left[..., None])[..., 0]
-            size = torch.ones(len(z), 1, dtype=z.dtype)
-            now = left.norm(dim=-1, keepdim=True)
-            better = torch.zeros_like(size, dtype=torch.bool)
+            length = left.norm(dim=-1, keepdim=True)
+            size = torch.ones_like(length)
             for _ in range(_HALVINGS):
                 fresh = residual(z - size * step)
-                better = fresh.norm(dim=-1, keepdim=True) <= (1 - 1e-4 * size) * now
-                if bool(better.all()):
+                better = fresh.norm(dim=-1, keepdim=True) <= (1 - 1e-4 * size) * length
+                if bool((better | (now <= floor)).all()):
                     break
                 size = torch.where(better, size, size / 2)
             if not bool(better.any()):
                 break
             z = torch.where(better, z - size * step, z)
             left = residual(z)
-        if not float(left.abs().max()) <= 1e-9 / min(tau, 1.0):
-            raise RuntimeError(f"the equilibrium for tau = {tau} was met only to {float(left.abs().max()):.2g}")
+        if not float(left.abs().max()) <= 1e-9 * max(1 / tau, 1.0):
+            raise RuntimeError(
+                f"the equilibrium for tau = {tau} was met only to {float(left.abs().max()):.2g}; take a larger tau, or "
+                f"`nash` for the game without regularisation"
+            )
         return z.softmax(-1)
 
 

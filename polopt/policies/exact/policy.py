@@ -19,7 +19,6 @@ from polopt.core.example import Example
 from polopt.core.loss import Evaluation
 from polopt.core.policy import Request, Sampling
 from polopt.core.rollout import Rollout, Source
-from polopt.policies.causal_lm.sampling import Sampling as Truncation
 from polopt.policies.causal_lm.sampling import kept_tokens, uniforms
 from polopt.policies.exact import heads, tree
 from polopt.policies.exact.payload import SequencePayload
@@ -197,7 +196,7 @@ class ExactPolicy:
     @torch.no_grad()
     def _kept(self, sampling: Sampling) -> Tensor | None:
         """Probabilities [B K, V] with truncated tokens at 0; None where nothing is truncated."""
-        rule = Truncation(top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p)
+        rule = Sampling(top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p)
         if not rule.truncates:
             return None
         chance = (self.table() / (sampling.temperature or 1.0)).softmax(-1).flatten(0, 1)

@@ -542,7 +542,7 @@ def test_progress_counts_to_the_end() -> None:
 
 def test_nothing_asked_gives_nothing() -> None:
     for counts, prompts in (([], []), ([0], [[5]])):
-        generations = decode(tiny("llama"), prompts, counts, torch.arange(0), Sampling(), eos_ids=[])
+        generations = decode(tiny("llama"), prompts, counts, torch.arange(0), Sampling(max_new_tokens=4), eos_ids=[])
         assert generations.ids.shape == (0,) and generations.lengths.shape == (0,)
 
 
