@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Measure a method's gradient where every expectation is a finite sum: bias, noise, what it learns from, where it leads.
 
-The first update of the whole chain (reward shaping, filter, advantage, weight, objective, regularizer, aggregation) on a
-problem of the exact world. Several methods are compared side by side. Slots and fields of parts are options as for
-`polopt train`, and hold for every method named: --advantage leave-one-out, --objective.high 0.28.
+The first update of the whole chain (reward shaping, filter, advantage, weight, objective, regularizer, aggregation)
+on a problem of the exact world. Several methods are compared side by side. Slots and fields of parts are options as
+for `polopt train`, and hold for every method named: --advantage leave-one-out, --objective.high 0.28.
 docs/diagnose.md explains every number."""
 
 SLUGS = Option("slugs", tuple[str, ...], (), "Slugs of the methods; `polopt methods` lists them.", "METHOD")
@@ -149,17 +149,24 @@ def _positive(options: Mapping[str, Any], name: str) -> int:
 def _problem(options: Mapping[str, Any], given: Mapping[str, Any]) -> Problem:
     from polopt.diagnosis.diagnose import within
     from polopt.policies.exact import SequenceSpace
-    from polopt.tasks.problems import problem
+    from polopt.tasks.problems import options_of, problem
 
-    space = None
-    if options["vocabulary"] is not None or options["length"] is not None or options["end"]:
-        own = problem(options["problem"]).space
-        space = SequenceSpace(
-            own.vocabulary if options["vocabulary"] is None else options["vocabulary"],
-            own.length if options["length"] is None else options["length"],
-            own.end or options["end"],
-        )
-    made = problem(options["problem"], space=space, batch=_positive(options, "problems"), seed=options["seed"])
+    name, count = options["problem"], _positive(options, "problems")
+    more: dict[str, Any] = {}
+    if "pass_rate" in options_of(name):
+        more["pass_rate"] = options["pass_rate"]
+        count = len(options["pass_rate"])
+        if given.get("problems", count) != count:
+            raise UsageError(f"--problems {given['problems']}, but there are {count} pass rates: one makes one prompt")
+    elif "pass_rate" in given:
+        raise UsageError(f"--pass-rate: the prompts of problem {name!r} have none")
+    own = problem(name).space
+    space = SequenceSpace(
+        own.vocabulary if options["vocabulary"] is None else options["vocabulary"],
+        own.length if options["length"] is None else options["length"],
+        options["end"],
+    )
+    made = problem(name, space=space, batch=count, seed=options["seed"], **more)
     return within(made, None if options["group"] is None else _positive(options, "group"))
 
 
@@ -168,7 +175,8 @@ def _title(problem: Problem, slots: Mapping[str, str]) -> str:
     lengths = f"1 to {space.length}" if space.end else str(space.length)
     sizes = sorted(set(problem.group_sizes))
     where = (
-        f"{problem.name}: {space.n_sequences} sequences over {space.vocabulary} tokens, length {lengths}, groups of "
+        f"{problem.name}: {problem.batch} prompt{'s' * (problem.batch > 1)}, {space.n_sequences} sequences over "
+        f"{space.vocabulary} tokens, length {lengths}, groups of "
     )
     changed = "".join(f", {name} {value}" for name, value in slots.items())
     return where + " or ".join(map(str, sizes)) + changed

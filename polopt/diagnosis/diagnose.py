@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from polopt.core.method import Method
@@ -43,8 +43,8 @@ class Bias:
 class Signal:
     """What groups of one kind contribute.
 
-    ``probability`` of such a group, ``norm`` of its part of the expected direction relative to the whole, ``share`` of
-    the expected length of a group's direction: E[|g| 1] / E[|g|].
+    ``probability`` of such a group before any filter, ``norm`` of its part of the expected direction relative to the
+    whole, ``share`` of the expected length of a group's direction: E[|g| 1] / E[|g|].
     """
 
     probability: float
@@ -56,10 +56,11 @@ class Signal:
 class Diagnosis:
     """One method on one problem.
 
-    ``noise`` n tr Cov(g) / |E g|^2 in trajectories: how many a batch needs for its noise to equal its signal (McCandlish
-    et al. 2018, arXiv:1812.06162, the simple noise scale). ``signal_to_noise`` |E g| / sqrt(n tr Cov(g)) is per
-    trajectory. ``ess_sequence`` 1 / E_mu[rho^2] is the effective share of the samples of the behaviour mu under ratios
-    rho = pi / mu of sequences, ``ess_step`` that of steps. ``kept`` is the share of groups that a filter keeps.
+    ``noise`` n tr Cov(g) / |E g|^2 in trajectories: how many a batch needs for its noise to equal its signal
+    (McCandlish et al. 2018, arXiv:1812.06162, the simple noise scale). ``signal_to_noise`` is its inverse root,
+    |E g| / sqrt(n tr Cov(g)) per trajectory. ``ess_sequence`` 1 / E_mu[rho^2] is the effective share of the samples of
+    the behaviour mu under ratios rho = pi / mu of sequences, ``ess_step`` that of steps. ``kept`` is the share of
+    groups that a filter keeps.
     ``kl_bias`` is against grad (E[r] - beta KL(pi || ref)) of a method with a KL, None without.
     """
 
@@ -127,8 +128,8 @@ def diagnose(
         signal_to_noise=math.sqrt(squared / found.noise) if found.noise > 0 else math.nan,
         **effective_sample_size(policy, behaviour),
         kept=found.kept,
-        all_right=measure_signal(found, found.right),
-        all_wrong=measure_signal(found, found.wrong),
+        all_right=measure_signal(found, found.right, found.right_before),
+        all_wrong=measure_signal(found, found.wrong, found.wrong_before),
         curve=weight_by_pass_rate(method, max(problem.group_sizes), prompts=prompts, seed=seed, tell=tell)
         if curve and not set(named(method)) - {"reward/*"}
         else None,
@@ -175,17 +176,16 @@ def _bias(g: Tensor, t: Tensor) -> Bias:
     return Bias(math.degrees(math.atan2(across, along)), long / true, scale, float((g - scale * t).norm()) / long)
 
 
-def measure_signal(found: Estimate, which: Tensor) -> Signal:
+def measure_signal(found: Estimate, which: Bool[Tensor, " group"], probability: float) -> Signal:
     """What the groups in ``which`` contribute."""
     if not len(found.chance):
-        return Signal(0.0, math.nan, math.nan)
+        return Signal(probability, math.nan, math.nan)
     lengths = found.chance * found.rows.norm(dim=1)
-    part, whole = float((found.chance[which] @ found.rows[which]).norm()), float(found.mean.norm())
-    total = float(lengths.sum())
+    part, whole, total = (found.chance[which] @ found.rows[which]).norm(), found.mean.norm(), lengths.sum()
     return Signal(
-        float(found.chance[which].sum()),
-        part / whole if whole else math.nan,
-        float(lengths[which].sum()) / total if total else math.nan,
+        probability,
+        float(part / whole) if whole else math.nan,
+        float(lengths[which].sum() / total) if total else math.nan,
     )
 
 

@@ -18,8 +18,8 @@ from polopt.diagnosis.world import CHANCE, Catalogue, World, decisions, expected
 from polopt.policies.exact import ExactPolicy
 
 Kind = Literal["exact", "sampled groups", "sampled batches"]
-"""``exact``: every group, weighted by its probability. ``sampled groups``: groups stand by themselves, but are too many.
-``sampled batches``: what a group contributes depends on the rest of its batch."""
+"""``exact``: every group, weighted by its probability. ``sampled groups``: groups stand by themselves, but are too
+many. ``sampled batches``: what a group contributes depends on the rest of its batch."""
 
 GROUPS: Final = 20_000
 BATCHES: Final = 256
@@ -35,7 +35,7 @@ class Estimate:
     ``mean`` [D] their expectation, for a batch of any size. ``noise`` is the trace of the covariance of a batch's
     gradient times the trajectories drawn for it; ``error`` the same per draw of this estimate, its squared standard
     error (0 where exact). ``kept`` is the share of groups that the filter keeps. ``right``, ``wrong`` [G]: every
-    response of the group is right, or wrong.
+    response of the group is right, or wrong; ``right_before``, ``wrong_before`` are their shares before the filter.
     """
 
     kind: Kind
@@ -49,6 +49,8 @@ class Estimate:
     blocks: Float[Tensor, "block parameter"] | None
     right: Bool[Tensor, " group"]
     wrong: Bool[Tensor, " group"]
+    right_before: float
+    wrong_before: float
 
 
 def estimate(
@@ -101,7 +103,6 @@ def _by_group(world: World, policy: ExactPolicy, rollout: Rollout, draws: Draws)
     variance = float((chance @ (rows - mean).square()).sum())
     drawn = float(draws.chance @ torch.bincount(draws.group).to(draws.chance)) / share
     blocks = None if draws.exact else torch.stack([block.mean(0) for block in rows.chunk(20)])
-    right, wrong = _all_right(world, kept)
     return Estimate(
         "exact" if draws.exact else "sampled groups",
         rows,
@@ -112,8 +113,8 @@ def _by_group(world: World, policy: ExactPolicy, rollout: Rollout, draws: Draws)
         share,
         rollout.n_groups,
         blocks,
-        right,
-        wrong,
+        *_all_right(world, kept),
+        *(float(draws.chance[which].sum()) for which in _all_right(world, rollout)),
     )
 
 
@@ -127,8 +128,12 @@ def _by_batch(
     tell: Callable[[str], None],
 ) -> Estimate:
     sizes = world.problem.group_sizes
-    rows, right, wrong, means = [], [], [], []
+    rows: list[Tensor] = []
+    right: list[Tensor] = []
+    wrong: list[Tensor] = []
+    means: list[Tensor] = []
     drawn = kept_groups = drawn_trajectories = 0
+    before = [0, 0]
     jacobians = _jacobians(world, policy)
     pool, at = None, 0
     for batch in range(batches):
@@ -143,6 +148,7 @@ def _by_batch(
             at += prompts
             drawn += prompts
             drawn_trajectories += piece.n_trajectories
+            before = [n + int(which.sum()) for n, which in zip(before, _all_right(world, piece), strict=True)]
             left = world.filtered(piece)
             kept_groups += left.n_groups
             if left.n_trajectories:
@@ -179,6 +185,7 @@ def _by_batch(
         torch.stack([block.mean(0) for block in each.chunk(20)]),
         torch.cat(right),
         torch.cat(wrong),
+        *(count / drawn for count in before),
     )
 
 
@@ -186,7 +193,8 @@ def _nothing(policy: ExactPolicy, kind: Kind, draws: int) -> Estimate:
     size = policy.logits.numel()
     none = torch.zeros(0, dtype=policy.logits.dtype)
     return Estimate(
-        kind, none.new_zeros(0, size), none, none.new_zeros(size), 0.0, 0.0, 0.0, draws, None, none.bool(), none.bool()
+        *(kind, none.new_zeros(0, size), none, none.new_zeros(size), 0.0, 0.0, 0.0, draws, None),
+        *(none.bool(), none.bool(), math.nan, math.nan),
     )
 
 

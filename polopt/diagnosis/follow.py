@@ -21,6 +21,8 @@ SMALL: Final = 1e-4
 """Converged: the direction is this much shorter than the longest on the way."""
 SAMPLE: Final = 512
 """Groups of a step's batch where the expectation cannot be enumerated."""
+PATIENCE: Final = 5
+"""Sampled directions that must vanish in a row: one batch may happen to hold no contrast."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def follow(
     exact = local and drawing.count_groups(policy.space.n_sequences, sizes) <= limit
     started = time.monotonic()
     rewards, entropies = [], []
-    longest, converged = 0.0, False
+    longest, converged, still = 0.0, False, 0
     before: tuple[Tensor, Tensor] | None = None
     for step in range(steps + 1):
         with torch.no_grad():
@@ -83,9 +85,12 @@ def follow(
         direction = expected_direction(world, policy, chosen, catalogue)
         length = float(direction.norm())
         longest = max(longest, length)
-        if length <= SMALL * longest:
+        still = still + 1 if length <= SMALL * longest else 0
+        if still == (1 if exact else PATIENCE):
             converged = True
             break
+        if not length:
+            continue
         reach = LONGEST if exact else LONGEST / (1 + step / 50)
         size = reach / float(direction.abs().max())
         with torch.no_grad():
@@ -94,7 +99,7 @@ def follow(
                 moved, turned = here - before[0], before[1] - direction
                 if (slope := float(moved @ turned)) > 0:
                     size = min(size, float(moved @ moved) / slope)
-            policy.logits += size * direction.view_as(policy.logits)
+            policy.logits.add_(direction.view_as(policy.logits), alpha=size)
         before = (here, direction)
         tell(f"step {step + 1}")
     return _described(world, policy, converged, exact, rewards, entropies)

@@ -26,7 +26,8 @@ def plot_diagnosis(found: Mapping[str, Diagnosis], title: str, path: Path) -> No
     figure = Figure(figsize=(13, 8.6), dpi=120, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
     FigureCanvasAgg(figure)
-    bars, weights, signal, path_axes = figure.add_gridspec(2, 2)
+    grid: Any = figure.add_gridspec(2, 2)
+    bars, weights, signal, path_axes = grid
     colour = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(found)}
     _bias_and_noise(figure, bars, found, colour)
     _weights(_axis(figure, weights, "Weight of a prompt by its pass rate"), found, colour)
@@ -89,6 +90,11 @@ def _number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def _width(index: int, count: int) -> float:
+    """Lines grow thinner: those that coincide stay visible below each other."""
+    return 1.7 + 4.0 * (count - 1 - index) / max(count - 1, 1)
+
+
 def _bias_and_noise(figure: Any, where: Any, found: Mapping[str, Diagnosis], colour: Mapping[str, str]) -> None:
     left, right = where.subgridspec(1, 2, wspace=0.12)
     angle = _axis(figure, left, "Bias")
@@ -108,8 +114,7 @@ def _weights(axis: Any, found: Mapping[str, Diagnosis], colour: Mapping[str, str
             continue
         relative = np.array(d.curve.relative)
         scale = relative / np.array(d.curve.weight)
-        # Widths that shrink: curves that coincide stay visible below each other.
-        width = 1.7 + 1.3 * (len(found) - 1 - index)
+        width = _width(index, len(found))
         axis.plot(d.curve.rates, relative, color=colour[label], linewidth=width, marker="o", markersize=3 + width / 2)
         if any(d.curve.error):
             wide = 2 * np.abs(scale) * np.array(d.curve.error)
@@ -117,12 +122,13 @@ def _weights(axis: Any, found: Mapping[str, Diagnosis], colour: Mapping[str, str
         top = max(top, float(np.nanmax(np.abs(relative))))
     axis.set_ylim(0, min(max(1.25 * top, 2.0), 8.0))
     axis.set_xlim(0, 1)
-    shown = min(axis.get_ylim()[1], 3.4)
-    at = (1 - math.sqrt(1 - 1 / shown**2 * 0.98)) / 2
+    shown = 0.8 * min(axis.get_ylim()[1], 3.4)
+    at = (1 - math.sqrt(1 - 1 / shown**2)) / 2  # where the dotted curve is as high
     axis.annotate(
         "group z-score of a large group\n" r"$1/\sqrt{p(1-p)}$",
-        (at, 0.5 / math.sqrt(at * (1 - at))),
-        (0.16, shown * 0.8),
+        (at, shown),
+        (at + 0.1, shown),
+        va="center",
         fontsize=9,
         color="#666a70",
         arrowprops={"arrowstyle": "-", "color": _GREY, "linewidth": 0.8},
@@ -132,26 +138,23 @@ def _weights(axis: Any, found: Mapping[str, Diagnosis], colour: Mapping[str, str
 
 
 def _signal(figure: Any, where: Any, found: Mapping[str, Diagnosis], colour: Mapping[str, str]) -> None:
-    axis = _axis(figure, where, "What groups without contrast teach")
-    width = 0.8 / len(found)
-    for index, (label, d) in enumerate(found.items()):
-        values = [d.all_right.share, d.all_wrong.share]
+    axis = _axis(figure, where, "What groups without contrast cost and teach")
+    first = next(iter(found.values()))
+    shades = ["#d5d8dc", *colour.values()]
+    columns = [(first.all_right.probability, first.all_wrong.probability)]
+    columns += [(d.all_right.share, d.all_wrong.share) for d in found.values()]
+    width = 0.84 / len(columns)
+    for index, (values, shade) in enumerate(zip(columns, shades, strict=True)):
+        place = np.arange(2) + (index - (len(columns) - 1) / 2) * width
         drawn = [0.0 if math.isnan(v) else 100 * v for v in values]
-        place = np.arange(2) + (index - (len(found) - 1) / 2) * width
-        axis.bar(place, drawn, width=0.88 * width, color=colour[label])
+        axis.bar(place, drawn, width=0.88 * width, color=shade)
         for x, value, raw in zip(place, drawn, values, strict=True):
             text = "none" if math.isnan(raw) else f"{value:.3g}%" if value >= 0.05 else "0"
             axis.text(x, value, text, ha="center", va="bottom", fontsize=9, color=_INK)
-    first = next(iter(found.values()))
-    axis.set_xticks(
-        [0, 1],
-        [
-            f"all right ({first.all_right.probability:.1%} of groups)",
-            f"all wrong ({first.all_wrong.probability:.1%} of groups)",
-        ],
-    )
+    axis.text(0.99, 0.97, "grey: share of the groups", transform=axis.transAxes, ha="right", va="top", color="#666a70")
+    axis.set_xticks([0, 1], ["all responses right", "all responses wrong"])
     axis.set_xlim(-0.6, 1.6)
-    axis.set_ylim(0, max(1.15 * axis.get_ylim()[1], 1.0))
+    axis.set_ylim(0, max(1.2 * axis.get_ylim()[1], 1.0))
     axis.grid(False, axis="x")
     axis.set_ylabel("share of the gradient's expected length, %", fontsize=9, color=_INK)
 
@@ -166,7 +169,7 @@ def _paths(figure: Any, where: Any, found: Mapping[str, Diagnosis], colour: Mapp
     for index, (label, d) in enumerate(found.items()):
         if d.fixed_point is None:
             continue
-        width = 1.7 + 0.9 * (len(found) - 1 - index)
+        width = _width(index, len(found))
         for axis, values in ((reward, d.fixed_point.rewards), (entropy, d.fixed_point.entropies)):
             axis.plot(values, color=colour[label], linewidth=width)
             end = "o" if d.fixed_point.converged else "x"

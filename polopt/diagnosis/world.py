@@ -65,7 +65,8 @@ class World:
     def beta(self) -> float:
         """Coefficient of the method's KL to one of its models, 0 without.
 
-        The sum of the fields ``beta`` of the reward, objective and regularizer parts that read such a model's log-probs.
+        The sum of the fields ``beta`` of the reward, objective and regularizer parts that read such a model's
+        log-probs.
         """
         models = {f"logp/{name}" for name in self.method.models}
         members = (*flatten(self.method.reward), *flatten(self.method.objective), *flatten(self.method.regularizer))
@@ -169,7 +170,7 @@ class World:
         if self.method.unit == "batch":
             return False
         count = rollout.n_groups
-        shown = torch.linspace(0, count - 1, min(count, 200)).long().unique()
+        shown = torch.linspace(0, count - 1, min(count, 200)).long()
         whole = rollout.select(torch.isin(rollout.group, shown))
         kept = self.filtered(whole)
         if not kept.n_trajectories:

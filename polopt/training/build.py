@@ -27,6 +27,7 @@ from polopt.training.config import RunConfig
 
 DEFAULT_TASK = "arithmetic"
 SMALL_WORLD_STEPS = 60
+SMALL_WORLD_EVALUATION = "10"
 POOL = 4096
 """Generated training prompts; every default run sees each at most once."""
 COMPLETION = 256
@@ -139,6 +140,8 @@ def resolve(config: RunConfig) -> RunConfig:
         config = replace(config, lr=2e-4 if small else 1e-5 if config.lora else 1e-6)
     if all(limit is None for limit in (config.steps, config.seconds, config.tokens, config.rollouts)):
         config = replace(config, steps=SMALL_WORLD_STEPS if small else 500)
+    if config.eval_every is None and small:
+        config = replace(config, eval_every=SMALL_WORLD_EVALUATION)
     if config.task is None and config.data is None:
         config = replace(config, task=DEFAULT_TASK)
     if config.out is None:

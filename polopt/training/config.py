@@ -91,7 +91,8 @@ class RunConfig:
     """Threads of the processor; all cores when left out."""
 
     eval_every: str | None = None
-    """Evaluate this often: '25' iterations, '60s', '100000tok', '5000rollouts'; only before and after when left out."""
+    """Evaluate this often: '25' iterations, '60s', '100000tok', '5000rollouts'; when left out every 10 in the small world,
+    elsewhere only before and after."""
     eval_prompts: int = 1024
     """Held-out prompts in the evaluations before and after training (a quarter of them in between)."""
     eval_samples: int = 1
@@ -137,8 +138,8 @@ class RunConfig:
         for name, value in self.slots.items():
             if not _is_plain(value):
                 raise UsageError(
-                    f"slot {name!r} cannot be {value!r} in a configuration, from which the run must be repeatable; give "
-                    f"the name of a registered part and its fields, such as {{'advantage': 'group-zscore', "
+                    f"slot {name!r} cannot be {value!r} in a configuration, from which the run must be repeatable; "
+                    f"give the name of a registered part and its fields, such as {{'advantage': 'group-zscore', "
                     f"'advantage.eps': 1e-6}}"
                 )
 

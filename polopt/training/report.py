@@ -187,8 +187,9 @@ _BLUE, _ORANGE, _GREY = "#1f6fb4", "#d9741a", "#8a8f98"
 
 
 def plot_curves(log: Sequence[Mapping[str, Any]], path: Path, x: str = "step") -> None:
-    """Six panels of learning curves as a PNG: reward, held-out accuracy with its confidence band, entropy, KL,
-    completion length, and gradient norm with the clipped share. A quantity that was never logged says so.
+    """Six panels of learning curves as a PNG: reward, held-out accuracy with its confidence band, entropy, KL to the
+    reference (where a run has none, the share of groups whose rewards are all equal), completion length, and gradient
+    norm with the clipped share. A quantity that was never logged says so.
 
     Args:
         log: lines as from `read_log`.
@@ -200,33 +201,36 @@ def plot_curves(log: Sequence[Mapping[str, Any]], path: Path, x: str = "step") -
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    fourth, unit, title = names.KL, "nats per token", "KL to reference"
+    if not any(names.KL in line for line in log):
+        fourth, unit, title = names.FRAC_REWARD_ZERO_STD, "share of groups", "Groups without a learning signal"
     figure = Figure(figsize=(13.5, 7.2), dpi=120, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
     FigureCanvasAgg(figure)
     axes: list[Any] = list(figure.subplots(2, 3, sharex=True).flat)
-    for axis, title in zip(
+    for axis, heading in zip(
         axes,
         (
             "Reward",
             "Held-out accuracy",
             "Entropy",
-            "KL to reference",
+            title,
             "Completion length",
             "Gradient norm and clipping",
         ),
         strict=True,
     ):
-        axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
+        axis.set_title(heading, loc="left", fontsize=11, fontweight="bold")
         axis.grid(True, color="#e6e8eb", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=9, colors="#444444", labelbottom=True)
         axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    reward, accuracy, entropy, kl, length, update = axes
+    reward, accuracy, entropy, signal, length, update = axes
 
     _trend(reward, _series(log, names.REWARD, x), "mean of a batch")
     _accuracy(accuracy, log, x)
     _trend(entropy, _series(log, names.ENTROPY, x), "nats per token")
-    _trend(kl, _series(log, names.KL, x), "nats per token")
+    _trend(signal, _series(log, fourth, x), unit)
     _length(length, log, x)
     _update(update, log, x)
     for axis in axes:

@@ -1,4 +1,4 @@
-"""From prompts to a batch: refilled where the method filters, never trained on what has no reward, nothing computed idly."""
+"""From prompts to a batch: refilled where filtered, no training without a reward, nothing computed idly."""
 
 from __future__ import annotations
 

@@ -185,10 +185,11 @@ def test_an_absent_file_is_refused(tmp_path: Path) -> None:
 
 def test_resolving_fills_every_default_and_keeps_what_was_given() -> None:
     small = resolve(RunConfig())
-    assert (small.lr, small.steps, small.task) == (1e-3, 60, "arithmetic") and small.out
+    assert small.lr and small.steps and small.task == "arithmetic" and small.out
     own = resolve(RunConfig(model="m", data="d.jsonl", lora=8))
-    assert (own.lr, own.steps, own.task) == (1e-5, 500, None) and "d" in str(own.out)
-    assert resolve(RunConfig(model="m", data="d.jsonl")).lr == 1e-6
+    whole = resolve(RunConfig(model="m", data="d.jsonl"))
+    assert own.task is None and own.steps and "grpo-d-0-" in str(own.out)
+    assert whole.lr and own.lr and whole.lr < own.lr < small.lr  # the more weights move, the less each may
     assert resolve(RunConfig(seconds=3.0)).steps is None
     assert resolve(FULL) == dataclasses.replace(FULL, out=resolve(FULL).out)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -53,15 +52,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("lora", [None, 4], ids=["full", "lora"])
-def test_two_steps_on_gsm8k(lora: int | None, checkpoint: Path, tmp_path: Path) -> None:
+def test_two_steps_on_gsm8k(lora: int | None, checkpoint: Path, even_spec: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    options: dict[str, Any] = {"slots": {"rollout.max_new_tokens": 12, "advantage": "batch-baseline"}}
     config = RunConfig(
         model=str(checkpoint),
         data=str(DATA / "train.jsonl"),
         eval_data=str(DATA / "test.jsonl"),
         # Random weights are never right: a second reward gives them something to learn.
-        reward=("math-verify", "length:4@0.1"),
+        reward=("math-verify", f"{even_spec}@0.1"),
         steps=2,
         prompts=2,
         group=4,
@@ -72,7 +70,7 @@ def test_two_steps_on_gsm8k(lora: int | None, checkpoint: Path, tmp_path: Path) 
         device="cpu",
         threads=1,
         out=str(run),
-        **options,
+        slots={"rollout.max_new_tokens": 12},
     )
     summary = train(config, quiet=True)
     keys = ("accuracy_before", "accuracy_after", "accuracy_before_ci", "accuracy_after_ci", "seconds", "tokens")

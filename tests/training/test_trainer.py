@@ -24,6 +24,12 @@ from polopt.training.trainer import Optimization
 from tests.training.conftest import make_tiny, make_trainer, short
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the curves takes longer than such a run."""
+    monkeypatch.setattr("polopt.training.report.plot_curves", lambda *a, **k: None)
+
+
 def log(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,7 +56,8 @@ class SequencePayload:
     @cached_property
     def completion_ids(self) -> tuple[tuple[int, ...], ...]:
         """Tokens of each trajectory."""
-        return tuple(tuple(ids.tolist()) for ids in torch.split(self.ids, self.lengths.tolist()))
+        ids, ends = self.ids.tolist(), [0, *self.lengths.cumsum(0).tolist()]
+        return tuple(tuple(ids[a:b]) for a, b in itertools.pairwise(ends))
 
     @cached_property
     def completions(self) -> tuple[str, ...]:

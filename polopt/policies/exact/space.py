@@ -163,11 +163,14 @@ class SequenceSpace:
     def index(self, tokens: Sequence[int]) -> int:
         """Number of the sequence with these tokens, -1 where it is none of the space (unfinished, say)."""
         node = 0
-        for place, token in enumerate(tokens):
-            last = place == len(tokens) - 1
-            if not 0 <= token < self.vocabulary or place >= self.length or (token == self.end_token and not last):
-                return -1
-            if last:
-                return int(self.sequence_of(torch.tensor(node), torch.tensor(token)))
+        for token in tokens[:-1]:
+            if not 0 <= token < self.branching:
+                return PADDING
             node = node * self.branching + 1 + token
-        return -1
+        if not 0 < len(tokens) <= self.length or not 0 <= tokens[-1] < self.vocabulary:
+            return PADDING
+        # Without tensors: rewards look up one trajectory at a time.
+        deepest = self.starts[self.length - 1]
+        if len(tokens) == self.length:
+            return self.early + (node - deepest) * self.vocabulary + tokens[-1]
+        return node if tokens[-1] == self.end_token else PADDING
