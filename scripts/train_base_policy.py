@@ -31,7 +31,8 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from polopt.core.example import Example
-from polopt.tasks.task import Task, demonstration, tasks
+from polopt.tasks.registry import tasks
+from polopt.tasks.task import Task, demonstration
 
 PAD, BOS, EOS = 256, 257, 258
 VOCABULARY = 259

@@ -1,4 +1,4 @@
-"""What a generated task is, the registry of tasks, and how every task draws its examples.
+"""What a generated task is, and how every task draws its examples.
 
 All tasks write completions the same way: worked steps, then ``#`` and the final answer, then the end of the text.
 ``"".join(example.steps) + "#" + example.answer`` is a right completion of every example, so the first ``k`` steps
@@ -8,9 +8,8 @@ are a prefix of it and can be appended to a prompt as a hint.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from types import MappingProxyType
 from typing import Protocol
 
 from polopt.core.errors import UsageError
@@ -64,25 +63,6 @@ class Task(Protocol):
     def strategy_of(self, completion: str) -> str:
         """The strategy whose form a completion has, or ``"other"``."""
         ...
-
-
-def tasks() -> Mapping[str, Task]:
-    """Every task by name; the first one is the default task."""
-    from polopt.tasks.arithmetic import Arithmetic
-    from polopt.tasks.countdown import Countdown
-    from polopt.tasks.grid import Grid
-    from polopt.tasks.programs import Programs
-
-    found: tuple[Task, ...] = (Arithmetic(), Countdown(), Programs(), Grid())
-    return MappingProxyType({task.name: task for task in found})
-
-
-def get_task(name: str) -> Task:
-    """The task called ``name``. Raises :class:`UsageError` listing the known names if there is none."""
-    known = tasks()
-    if name not in known:
-        raise UsageError(f"unknown task {name!r}: choose one of {', '.join(known)}")
-    return known[name]
 
 
 def demonstration(task: Task, example: Example, rng: random.Random) -> str:

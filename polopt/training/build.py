@@ -21,7 +21,8 @@ from polopt.policies.causal_lm.policy import CausalLM
 from polopt.rewards import NamedReward, parse_reward
 from polopt.tasks.columns import parse_mapping
 from polopt.tasks.datasets import load_examples
-from polopt.tasks.task import Task, get_task
+from polopt.tasks.registry import get_task
+from polopt.tasks.task import Task
 from polopt.training.collect import provides
 from polopt.training.config import RunConfig
 

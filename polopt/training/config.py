@@ -91,8 +91,8 @@ class RunConfig:
     """Threads of the processor; all cores when left out."""
 
     eval_every: str | None = None
-    """Evaluate this often: '25' iterations, '60s', '100000tok', '5000rollouts'; when left out every 10 in the small world,
-    elsewhere only before and after."""
+    """Evaluate this often: '25' iterations, '60s', '100000tok', '5000rollouts'; when left out every 10 iterations in
+    the small world, elsewhere only before and after."""
     eval_prompts: int = 1024
     """Held-out prompts in the evaluations before and after training (a quarter of them in between)."""
     eval_samples: int = 1

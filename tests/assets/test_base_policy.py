@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from polopt.assets import base_policy_path
-from polopt.tasks.task import tasks
+from polopt.tasks.registry import tasks
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from polopt.core.errors import UsageError
 from polopt.core.example import Example
-from polopt.tasks.task import Task, demonstration, get_task, split_of, tasks, with_answer
+from polopt.tasks.registry import get_task, tasks
+from polopt.tasks.task import Task, demonstration, split_of, with_answer
 
 TASKS = list(tasks().values())
 CASES = [pytest.param(task, level, id=f"{task.name}-{level}") for task in TASKS for level in task.levels]

@@ -22,7 +22,7 @@ from polopt.policies.causal_lm.policy import CausalLM
 from polopt.rewards import NamedReward
 from polopt.rewards.scoring import Scorer
 from polopt.rollouts.groups import Groups
-from polopt.tasks.task import get_task
+from polopt.tasks.registry import get_task
 from polopt.training.budget import Budget
 from polopt.training.build import check_needs
 from polopt.training.collect import Collector
