@@ -1,8 +1,8 @@
 """Statistics over seeds: interquartile mean, stratified bootstrap, paired differences, probability of improvement.
 
-Scores are given by stratum (a task, a problem): one list of final scores per stratum, one entry per seed; the same place
-is the same seed in every contender. The measures are those of Agarwal et al. 2021 (arXiv:2108.13264); resampling,
-trimming and quantiles are scipy's. A seed whose score is NaN (a run that failed) is left out, never counted as 0.
+Scores are given by stratum (a task, a problem): one list of final scores per stratum, one entry per seed; the same
+place is the same seed in every contender. The measures are those of Agarwal et al. 2021 (arXiv:2108.13264); resampling,
+trimming and quantiles are scipy's. A seed whose score is NaN (not measurable) is left out, never counted as 0.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ def stratified_difference(treatment: Strata, baseline: Strata, level: float = 0.
 
 
 def mean_score(scores: Strata, level: float = 0.95, *, seed: int = 0) -> Interval:
-    """Mean over strata of the mean score, with a stratified bootstrap interval: seeds are redrawn within each stratum."""
+    """Mean over strata of the mean score; its stratified bootstrap interval redraws seeds within each stratum."""
     return _bootstrapped(scores, lambda *samples, axis: np.mean([s.mean(axis) for s in samples], axis=0), level, seed)
 
 
 def iqm_score(scores: Strata, level: float = 0.95, *, seed: int = 0) -> Interval:
-    """Interquartile mean of all scores together, with a stratified bootstrap interval (arXiv:2108.13264, section 4.3)."""
+    """Interquartile mean of all scores together; stratified bootstrap interval (arXiv:2108.13264, section 4.3)."""
     trim_mean = _stats().trim_mean
 
     def statistic(*samples: NDArray[Any], axis: int) -> Any:

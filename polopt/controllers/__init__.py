@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -27,7 +28,7 @@ class AdaptiveKL(Stateful):
 
     def __call__(self, statistics: Mapping[str, float]) -> dict[str, float]:
         beta = self.initial if self.beta is None else self.beta
-        if "kl" in statistics:
+        if math.isfinite(statistics.get("kl", math.nan)):
             error = min(max(statistics["kl"] / self.target - 1.0, -0.2), 0.2)
             beta *= 1.0 + error * statistics["trajectories"] / self.horizon
         self.remember(beta=beta)

@@ -74,6 +74,11 @@ class Policy(Protocol):
     """Number of parameter updates so far; written into every sampled trajectory."""
 
     @property
+    def exact_sampler(self) -> bool:
+        """Whether sampled log-probs equal evaluated ones up to float32 rounding, so that none is recomputed."""
+        ...
+
+    @property
     def columns(self) -> frozenset[str]:
         """Names that `evaluate` can compute (``logp/*``: under any added model)."""
         ...

@@ -57,8 +57,9 @@ class MissingColumn(KeyError):
 class Counts:
     """What normalises a loss: trainable steps, trajectories and groups of the whole batch of one update.
 
-    A micro-batch made by `Rollout.split` carries the counts of the batch it was cut from, so that a sum over
-    micro-batches equals the loss of the batch.
+    ``trajectories`` and ``groups`` include those without a trainable step, as in TRL. A micro-batch made by
+    `Rollout.split` carries the counts of the batch it was cut from, so that a sum over micro-batches equals the loss
+    of the batch.
     """
 
     steps: float

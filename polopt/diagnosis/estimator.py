@@ -110,7 +110,7 @@ def _by_group(world: World, policy: ExactPolicy, rollout: Rollout, draws: Draws)
         mean,
         variance * drawn,
         0.0 if draws.exact else variance / len(rows),
-        share,
+        min(share, 1.0),
         rollout.n_groups,
         blocks,
         *_all_right(world, kept),

@@ -15,6 +15,7 @@ from polopt.core.errors import UsageError
 from polopt.core.example import Example
 from polopt.core.method import Method
 from polopt.core.override import override
+from polopt.core.policy import Policy
 from polopt.methods import get_method
 from polopt.policies.causal_lm.loading import LoraOptions
 from polopt.policies.causal_lm.policy import CausalLM
@@ -152,7 +153,7 @@ def resolve(config: RunConfig) -> RunConfig:
     return config
 
 
-def check_needs(method: Method, policy: CausalLM, rewards: Sequence[NamedReward]) -> None:
+def check_needs(method: Method, policy: Policy, rewards: Sequence[NamedReward]) -> None:
     """Fail before the first rollout when a part needs a column that nobody provides; add the models it asks for."""
     needs = method.needs
     if "value" in needs | method.evaluates:

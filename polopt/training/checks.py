@@ -63,7 +63,7 @@ class RatioStatistics:
 def check_first_update(statistics: RatioStatistics, tolerance: float, strict: bool) -> dict[str, float]:
     """First update after sampling: learner and sampler are the same weights, so the mean |log rho| is rounding error.
 
-    The gap is logged under TRL's names. With ``strict`` a mean above ``tolerance`` raises CheckFailed.
+    With ``strict`` a mean above ``tolerance`` raises CheckFailed.
     """
     if not statistics.steps:
         return {}
@@ -73,9 +73,22 @@ def check_first_update(statistics: RatioStatistics, tolerance: float, strict: bo
             f"strict check: the learner's log-probs differ from the sampler's by {mean:.2g} on average before the "
             f"first update (allowed: {tolerance:.2g}); the ratio does not start at 1"
         )
+    return {"policy/first_update_gap": mean}
+
+
+def sampler_gap(rollout: Rollout) -> dict[str, float]:
+    """Mean and largest |log-prob of the learner - log-prob of the sampler|, under TRL's names.
+
+    Nothing where the sampler's log-probs are the learner's to float32 rounding and were not recomputed.
+    """
+    if "logp/sampler" not in rollout:
+        return {}
+    gap = (rollout.logp - rollout["logp/sampler"])[rollout.mask].abs()
+    if not gap.numel():
+        return {}
     return {
-        "sampling/sampling_logp_difference/mean": mean,
-        "sampling/sampling_logp_difference/max": statistics.largest,
+        "sampling/sampling_logp_difference/mean": float(gap.mean()),
+        "sampling/sampling_logp_difference/max": float(gap.max()),
     }
 
 

@@ -69,6 +69,8 @@ class Collector:
             batch = batch.select(batch.group < self.prompts)
         if batch is not None:
             batch = self._evaluated(method, batch, ("advantage", "weight", "objective", "regularizer", "aggregation"))
+            if "logp" in method.needs and not self.policy.exact_sampler:
+                batch = self._recomputed(batch)
         return Collected(batch, Rollout.concat(drawn), tuple(invalid))
 
     def _sample(
@@ -88,6 +90,15 @@ class Collector:
         needs = frozenset().union(*(declared(getattr(method, slot), "needs") for slot in slots))
         missing = frozenset(name for name in needs if name not in rollout and provides(self.policy, name))
         return evaluate_columns(self.policy, rollout, missing, self.token_budget, self.profiler)
+
+    def _recomputed(self, rollout: Rollout) -> Rollout:
+        """With the learner's own log-probs as ``logp``, the sampler's kept as ``logp/sampler``.
+
+        In half precision the two differ by more than the trust regions of some objectives; a ratio must start at 1.
+        """
+        sampled = rollout["logp"]
+        again = evaluate_columns(self.policy, rollout, frozenset({"logp"}), self.token_budget, self.profiler)
+        return again.with_columns(step={"logp/sampler": sampled})
 
 
 def provides(policy: Policy, name: str) -> bool:

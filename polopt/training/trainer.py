@@ -72,6 +72,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.method = self.method.clone()
         self.generator = torch.Generator().manual_seed(self.seed)
+        self._saved = -1
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -84,7 +85,8 @@ class Trainer:
             if self.save_every is not None and self.save_every.due(self.meter.spent):
                 self.save_every.done(self.meter.spent)
                 self.save()
-        self.save()
+        if self._saved != self.iteration:
+            self.save()
 
     def step(self) -> None:
         """One iteration: collect, assign credit, update, learn from the iteration."""
@@ -95,6 +97,7 @@ class Trainer:
         if batch.kept is not None:
             rollout = self.method.credit(batch.kept)
             metrics |= checks.check_versions(rollout, self.policy.version, self.strict)
+            metrics |= checks.sampler_gap(rollout)
             metrics |= self._learn(rollout)
         self._observe(batch, metrics)
 
@@ -124,7 +127,6 @@ class Trainer:
         for _ in range(schedule.epochs):
             for batch in minibatches(rollout, schedule.minibatches, self.method.unit, self.generator):
                 self.on_progress("update", {})
-                fresh = "version" in batch and bool((batch["version"] == self.policy.version).all())
                 step = BatchStep(
                     self.policy,
                     self.method,
@@ -135,8 +137,8 @@ class Trainer:
                     self.profiler,
                 )
                 metrics = self.method.update(step)
-                if fresh and not step.reused:
-                    first = checks.check_first_update(step.ratios, self.tolerance, self.strict)
+                if step.first is not None:
+                    first = checks.check_first_update(step.first, self.tolerance, self.strict)
                 collected.append({**metrics, **step.ratios.metrics()})
         means = {
             name: sum(m[name] for m in collected if name in m) / sum(name in m for m in collected)
@@ -230,6 +232,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write everything that a resumed run needs to be the run that was never stopped."""
+        self._saved = self.iteration
         return save_checkpoint(self.run, self.iteration, self.state_dict(), keep=self.keep)
 
     def state_dict(self) -> dict[str, Any]:

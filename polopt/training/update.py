@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +52,8 @@ class BatchStep:
 
     ``token_budget`` bounds what goes through the policy at once (rows times the longest row, prompts included).
     ``on_reject`` is told why an update was given up. After `gradient`, ``ratios`` holds the statistics of pi / pi_old,
-    and ``reused`` says that the sampler's log-probs stood in for the learner's.
+    and ``reused`` says that the sampler's log-probs stood in for the learner's. ``first`` is the ratios of the first
+    `gradient` on a batch that the present weights sampled: there they must be 1.
     """
 
     policy: Policy
@@ -67,6 +67,7 @@ class BatchStep:
     ratios: RatioStatistics = field(default_factory=RatioStatistics)
     two_pass: bool = False
     reused: bool = False
+    first: RatioStatistics | None = None
 
     @property
     def parameters(self) -> Sequence[Parameter]:
@@ -90,6 +91,8 @@ class BatchStep:
             self.two_pass = True
             order = work.bins("trajectory", cost, self.token_budget)
             metrics = self._two_passes(work, order)
+        if self.first is None and not self.reused and _is_fresh(self.policy, self.batch):
+            self.first = self.ratios
         if not self.finite:
             self.optimizer.zero_grad(set_to_none=True)
         return metrics
@@ -162,7 +165,7 @@ class BatchStep:
         if names == {"logp"} and _is_fresh(self.policy, whole):
             # The sampler's own log-probs: same weights, so the first pass is already done.
             self.reused = True
-            return {"logp": whole.logp.float()}
+            return {"logp": whole.logp}
         with torch.no_grad():
             evaluated = [self.policy.evaluate(piece, names) for piece in pieces]
         return {name: torch.cat([e[name] for e in evaluated]) for name in names}
@@ -189,7 +192,7 @@ def evaluate_columns(
     if not names or rollout.n_trajectories == 0:
         return rollout
     order = rollout.bins("trajectory", policy.cost(rollout), token_budget)
-    found: dict[str, Any] = {name: torch.zeros(rollout.n_steps, device=rollout.device) for name in names}
+    found: dict[str, Tensor] = {}
     first = rollout.lengths.cumsum(0) - rollout.lengths
     with torch.no_grad(), profiler.phase("evaluate"):
         for members in order:
@@ -202,7 +205,8 @@ def evaluate_columns(
             ).repeat_interleave(lengths)
             at = first[index].repeat_interleave(lengths) + within
             for name in names:
-                found[name][at] = evaluation[name].to(found[name].dtype)
+                value = evaluation[name]
+                found.setdefault(name, value.new_zeros(rollout.n_steps))[at] = value
     return rollout.with_columns(step=found)
 
 

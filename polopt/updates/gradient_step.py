@@ -15,15 +15,16 @@ from polopt.core.update import Step
 class GradientStep(Part):
     """g <- grad L(batch), scaled to norm ``max_norm`` where it is longer, then one optimizer step.
 
-    A loss or gradient that is not finite changes nothing and is counted. Logs ``loss`` and ``grad_norm`` (before
-    clipping).
+    A loss or gradient that is not finite changes nothing and is counted; a batch without a gradient changes nothing.
+    Logs ``loss`` and ``grad_norm`` (before clipping).
     """
 
     max_norm: float = 1.0
 
     def __call__(self, step: Step) -> dict[str, float]:
         metrics = step.gradient()
-        if not step.finite:
+        if not step.finite or all(parameter.grad is None for parameter in step.parameters):
+            # Nothing to learn from: no step, so that neither moments nor weight decay move.
             return metrics
         norm = torch.nn.utils.clip_grad_norm_(step.parameters, self.max_norm)
         if not torch.isfinite(norm):

@@ -140,7 +140,7 @@ def test_stale_behaviour_is_so_many_ascents_behind() -> None:
     assert made.sampler().version == -3 and made.policy().version == 0
     torch.testing.assert_close(made.sampler().probabilities().detach(), probabilities(made, made.behaviour))
     rollout = scored(made, made.requests())
-    now = made.policy().evaluate(rollout, frozenset({"logp"})).logp
+    now = made.policy().evaluate(rollout, frozenset({"logp"})).logp.detach()
     assert float((now - rollout.logp).abs().max()) > 0.01
     none = problem("stale-behaviour", age=0)
     assert none.behaviour is not None and torch.allclose(

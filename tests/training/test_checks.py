@@ -56,9 +56,7 @@ def test_nothing_seen_is_nothing_said() -> None:
 
 def test_the_first_update_must_start_at_ratio_one() -> None:
     found = statistics([[0, 1, 2]])
-    assert check_first_update(found, 0.01, strict=False)["sampling/sampling_logp_difference/mean"] == pytest.approx(
-        0.22
-    )
+    assert check_first_update(found, 0.01, strict=False)["policy/first_update_gap"] == pytest.approx(0.22)
     with pytest.raises(CheckFailed, match=r"0\.22"):
         check_first_update(found, 0.01, strict=True)
     check_first_update(found, 0.3, strict=True)

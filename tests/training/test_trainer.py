@@ -237,6 +237,6 @@ def test_an_iteration_logs_what_was_sampled(tmp_path: Path) -> None:
         "policy/age_max": 0,
     }
     assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5)
-    assert line["sampling/sampling_logp_difference/max"] < 1e-4
+    assert line["policy/first_update_gap"] < 1e-4
     assert line["grad_norm"] > 0
     assert "seconds" not in line and "step_time" not in line

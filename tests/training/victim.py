@@ -81,12 +81,12 @@ def last_checkpoint() -> None:
     in_half_a_file(lambda path: path.parent.name.endswith("step-00000006"))
 
 
-def last_checkpoint_aside() -> None:
-    """At the second writing of the last step: the first has been moved aside, the new one has not its name yet."""
+def last_checkpoint_unnamed() -> None:
+    """When the last checkpoint is whole and has not its name yet."""
 
     def made(rename: Callable[..., Any]) -> Callable[..., Any]:
         def dying(self: Path, target: Any) -> Any:
-            if self.name.startswith(".tmp-step") and Path(target).with_suffix(".replaced").exists():
+            if self.name.startswith(".tmp-step") and Path(target).name == "step-00000006":
                 die()
             return rename(self, target)
 
@@ -145,7 +145,7 @@ def reporting() -> None:
 DEATHS = {
     f.__name__: f
     for f in (
-        settling, first_checkpoint, first_step, last_checkpoint, last_checkpoint_aside, tidying_up, middle_of_the_log,
+        settling, first_checkpoint, first_step, last_checkpoint, last_checkpoint_unnamed, tidying_up, middle_of_the_log,
         writing_the_model, reporting,
     )
 }  # fmt: skip

@@ -29,7 +29,7 @@ from polopt.core.policy import Sampling
 from polopt.policies.causal_lm.fallback import decode_with_generate, evaluating
 from polopt.policies.causal_lm.families import Network, hidden_states, logits, read, rotary_table, supports, unwrap
 from polopt.policies.causal_lm.generations import Generations, Progress, Recorder, Request, check_request
-from polopt.policies.causal_lm.sampling import draw, uniforms
+from polopt.policies.sampling import draw, uniforms
 
 __all__ = ["Generations", "Sampling", "decode", "decode_with_generate", "generate", "supports"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from polopt.policies.causal_lm.generations import Generations, Progress, Recorder, Request, check_request
-from polopt.policies.causal_lm.sampling import draw, uniforms
+from polopt.policies.sampling import draw, uniforms
 
 
 @torch.no_grad()

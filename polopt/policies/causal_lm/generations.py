@@ -14,7 +14,7 @@ from torch import Tensor
 
 from polopt.core.errors import UsageError
 from polopt.core.policy import Sampling
-from polopt.policies.causal_lm.sampling import Draw
+from polopt.policies.sampling import Draw
 
 Progress = Callable[[int, int], None]
 """(finished trajectories, all trajectories)."""

@@ -108,6 +108,12 @@ class CausalLM:
         return cast(torch.device, unwrapped(self.model).get_input_embeddings().weight.device)
 
     @property
+    def exact_sampler(self) -> bool:
+        """Whether decoder and forward pass agree up to float32 rounding: not where they compute in half precision."""
+        weights = unwrapped(self.model).get_input_embeddings().weight.dtype
+        return self.dtype in (None, torch.float32) and weights in (torch.float32, torch.float64)
+
+    @property
     def columns(self) -> frozenset[str]:
         """``logp``, ``entropy``, ``lse``, ``value`` with a critic, and ``logp/<model>`` of every added model."""
         values = {"value"} if self.critic is not None else set()

@@ -19,10 +19,10 @@ from polopt.core.example import Example
 from polopt.core.loss import Evaluation
 from polopt.core.policy import Request, Sampling
 from polopt.core.rollout import Rollout, Source
-from polopt.policies.causal_lm.sampling import kept_tokens, uniforms
 from polopt.policies.exact import heads, tree
 from polopt.policies.exact.payload import SequencePayload
 from polopt.policies.exact.space import SequenceSpace
+from polopt.policies.sampling import kept_tokens, uniforms
 
 FORMAT: Final = 1
 _SETTINGS, _WEIGHTS = "policy.json", "policy.safetensors"
@@ -87,6 +87,11 @@ class ExactPolicy:
         return tree.step_log_probabilities(self.space, self.table() / temperature)
 
     # --- sampling -----------------------------------------------------------------------------------------------
+
+    @property
+    def exact_sampler(self) -> bool:
+        """Always: one table gives both."""
+        return True
 
     @property
     def columns(self) -> frozenset[str]:
@@ -196,11 +201,10 @@ class ExactPolicy:
     @torch.no_grad()
     def _kept(self, sampling: Sampling) -> Tensor | None:
         """Probabilities [B K, V] with truncated tokens at 0; None where nothing is truncated."""
-        rule = Sampling(top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p)
-        if not rule.truncates:
+        if not sampling.truncates:
             return None
         chance = (self.table() / (sampling.temperature or 1.0)).softmax(-1).flatten(0, 1)
-        return chance.masked_fill(~kept_tokens(chance, rule), 0.0)
+        return chance.masked_fill(~kept_tokens(chance, sampling), 0.0)
 
     @torch.no_grad()
     def _draw(self, problem: Tensor, seeds: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ from transformers import (
 from polopt.core.errors import UsageError
 from polopt.policies.causal_lm import decoder
 from polopt.policies.causal_lm.decoder import Generations, Sampling, decode, decode_with_generate, generate, supports
-from polopt.policies.causal_lm.sampling import draw, kept_tokens, uniforms
+from polopt.policies.sampling import draw, kept_tokens, uniforms
 
 VOCAB = 100
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18, 19], [5, 6, 7, 20]]

@@ -172,6 +172,17 @@ def test_order_0_makes_tokens_independent() -> None:
     assert float((first / first.sum(1, keepdim=True) - second / second.sum(1, keepdim=True)).abs().max()) > 0.1
 
 
+@every_space
+def test_prefixes_that_share_a_row(space: SequenceSpace) -> None:
+    prefixes = all_prefixes(space)
+    keys = {"tabular": lambda p: p, "order-0": len, "order-1": lambda p: (len(p), p[-1:])}
+    for head, key in keys.items():
+        row = ExactPolicy(space, head=head).rows.tolist()
+        assert sorted(set(row)) == list(range(len({key(p) for p in prefixes})))
+        for i, p in enumerate(prefixes):
+            assert [row[i] == r for r in row] == [key(p) == key(other) for other in prefixes]
+
+
 @pytest.mark.parametrize("head", ["order-0", "order-1"])
 def test_projection_is_a_minimum_of_the_divergence(head: str) -> None:
     space = SequenceSpace(3, 3, end=True)

@@ -44,6 +44,16 @@ def test_win_rates_by_hand() -> None:
     )
 
 
+def test_circles_by_hand() -> None:
+    def wins(game: PreferenceGame) -> list[list[int]]:
+        return [[j for j, p in enumerate(row) if p > 0.5] for row in game.preference[0].tolist()]
+
+    assert wins(PreferenceGame.cyclic(5)) == [[3, 4], [0, 4], [0, 1], [1, 2], [2, 3]]
+    even = PreferenceGame.cyclic(4, strength=0.5)
+    assert wins(even) == [[3], [0], [1], [2]]
+    assert even.preference[0, 0].tolist() == [0.5, 0.25, 0.5, 0.75]
+
+
 @pytest.mark.parametrize("size", [3, 5, 7])
 def test_the_equilibrium_of_an_odd_circle_is_uniform(size: int) -> None:
     game = PreferenceGame.cyclic(size, problems=2, strength=0.8)

@@ -205,15 +205,16 @@ def test_evaluation_at_the_temperature_of_each_trajectory() -> None:
 def test_payloads_are_selected_and_joined_as_rollouts_are() -> None:
     policy = random_policy(SPACE)
     a = policy.sample(requests([5, 6]), Sampling(), seed=0)
-    b = policy.sample(requests([4]), Sampling(), seed=1)
+    b = policy.sample([Request(example_of(1), 4)], Sampling(), seed=1)
     both = Rollout.concat([a, b])
     texts = [t.completion for r in (a, b) for t in transcripts(r)]
+    assert [t.example.columns["problem"] for t in transcripts(both)] == [0] * 5 + [1] * 10
     assert [t.completion for t in transcripts(both)] == texts
     order = [14, 3, 3, 0, 8]
     chosen = both.select(torch.tensor(order))
     assert [t.completion for t in transcripts(chosen)] == [texts[i] for i in order]
     problems = [t.example.columns["problem"] for t in transcripts(chosen)]
-    assert problems == [transcripts(both)[i].example.columns["problem"] for i in order] == [0, 0, 0, 0, 1]
+    assert problems == [1, 0, 0, 0, 1]
     torch.testing.assert_close(policy.evaluate(chosen, frozenset({"logp"})).logp.detach(), chosen.logp)
 
 

@@ -1,0 +1,1 @@
+"""Claims of the methods on which the families build."""

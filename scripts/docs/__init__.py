@@ -1,0 +1,1 @@
+"""The static site: pages written from the registry, and the build."""
