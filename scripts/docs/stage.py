@@ -15,7 +15,6 @@ from scripts.docs import pages
 from scripts.docs.pages import ROOT
 
 STAGE = ROOT / "build" / "docs"
-CONFIG = STAGE / "mkdocs.yml"
 FIGURES = ROOT / "build" / "diagnosis"
 UNWRITTEN = {
     "leaderboard.md": "# Leaderboard\n\nNot measured yet.\n",

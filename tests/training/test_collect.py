@@ -229,3 +229,22 @@ def test_a_run_with_a_missing_column_writes_nothing(small_run: Any, tmp_path: An
     with pytest.raises(UsageError, match=r"regularizer kl\(.*'logp/teacher'"):
         train(small_run(tmp_path / "run", slots), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+# --- sampler and learner ----------------------------------------------------------------------------------------------
+
+
+def test_half_precision_is_trained_on_the_learner_s_own_log_probs(policy: CountingPolicy) -> None:
+    assert policy.exact_sampler
+    assert "logp/sampler" not in collect(policy).kept
+    policy.dtype = torch.bfloat16
+    assert not policy.exact_sampler
+    batch = collect(policy).kept
+    assert batch is not None
+    gap = (batch.logp - batch["logp/sampler"]).abs()
+    assert 0 < float(gap.max()) < 0.5
+    step = make_step(policy, short("grpo"), short("grpo").credit(batch), 10_000)
+    step.gradient()
+    assert step.first is not None
+    # The same forward pass twice: rounding of bfloat16 cancels.
+    assert step.first.gap / step.first.steps < 1e-5
