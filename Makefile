@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check docs setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train the small policy with GRPO and show the result"
 	@echo "make test    lint, format, types and the test suite"
 	@echo "make check   lint, format and types only"
+	@echo "make docs    the site, into site/"
 	@echo "make clean   remove the virtual environment"
 
 # Installs again only when what is to be installed has changed.
@@ -19,6 +21,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# What builds the site is installed by `make docs` alone.
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[docs]'
 	@touch $@
 
 setup: $(STAMP)
@@ -33,6 +40,9 @@ check: $(STAMP)
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m scripts.docs
 
 clean:
 	rm -rf $(VENV)

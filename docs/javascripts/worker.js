@@ -3,37 +3,35 @@ if (location.protocol === "file:") {
   window.Worker = class extends EventTarget {
     constructor(url) {
       super();
+      const script = new URL(url, document.baseURI);
       this.waiting = [];
       this.frame = document.createElement("iframe");
       this.frame.hidden = true;
       document.body.appendChild(this.frame);
       const inside = this.frame.contentWindow;
       const load = (address) => new Promise((resolve, reject) => {
-        const script = inside.document.createElement("script");
-        script.src = new URL(address, url);
-        script.onload = resolve;
-        script.onerror = reject;
-        inside.document.body.appendChild(script);
+        const tag = inside.document.createElement("script");
+        tag.src = new URL(address, script);
+        tag.onload = resolve;
+        tag.onerror = reject;
+        inside.document.body.appendChild(tag);
       });
       inside.importScripts = (...addresses) =>
         addresses.reduce((before, address) => before.then(() => load(address)), Promise.resolve());
-      inside.postMessage = (data) => this.deliver(this, data);
-      load(url).then(() => {
+      inside.postMessage = (data) => setTimeout(() => {
+        const event = new MessageEvent("message", { data });
+        this.dispatchEvent(event);
+        if (this.onmessage) this.onmessage(event);
+      });
+      load(script).then(() => {
         this.ready = true;
         this.waiting.splice(0).forEach((data) => this.postMessage(data));
       }, () => this.dispatchEvent(new ErrorEvent("error")));
     }
 
-    deliver(target, data) {
-      const event = new MessageEvent("message", { data });
-      setTimeout(() => {
-        target.dispatchEvent(event);
-        if (target.onmessage) target.onmessage(event);
-      });
-    }
-
     postMessage(data) {
-      if (this.ready) this.deliver(this.frame.contentWindow, data);
+      const inside = this.frame.contentWindow;
+      if (this.ready) setTimeout(() => inside.dispatchEvent(new inside.MessageEvent("message", { data })));
       else this.waiting.push(data);
     }
 

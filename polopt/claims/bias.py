@@ -35,7 +35,7 @@ def wrong_length(run: Run) -> float:
 def length(seed: int, quick: bool) -> Mapping[str, float]:
     """Change of the incorrect responses' length and final reward, GRPO and Dr. GRPO."""
     made = padded(seed)
-    found = {}
+    found: dict[str, float] = {}
     for method in (grpo, dr_grpo):
         run = start(made, method, seed=seed, group=GROUP)
         lengths = curve(run, 2 if quick else ITERATIONS, wrong_length)
@@ -50,7 +50,7 @@ def difficulty(seed: int, quick: bool) -> Mapping[str, float]:
     rollout = batch(made, policy, seed=seed, sizes=[GROUP] * (20 if quick else 1000))
     limit = torch.full((rollout.n_trajectories,), made.space.length)
     rollout = rollout.with_columns(trajectory={"limit": limit})
-    found = {}
+    found: dict[str, float] = {}
     for method in (grpo, dr_grpo):
         # The loss is a mean over groups, so that the gradient of many groups is the mean gradient.
         norms = gradient(method, policy, credited(method, policy, rollout)).flatten(1).norm(dim=1)

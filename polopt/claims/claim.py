@@ -34,11 +34,11 @@ LEVEL: Final = 0.95
 class Claim:
     """One direction of a paper's claim.
 
-    ``measure(seed, quick)`` gives numbers by name; claims of one file may share it. The effect is the mean over seeds of
-    ``treatment`` minus ``control`` (0 where that is None: the treatment is then a difference already). ``direction``
-    says how the treatment compares. ``margin`` is the difference that would not matter, in units of the metric: with
-    "higher" or "lower" a positive one turns "better" into "not worse by more than the margin"; "equal" needs one.
-    ``untestable`` is the reason why nothing can be measured here; there is no ``measure`` then.
+    ``measure(seed, quick)`` gives numbers by name; claims of one file may share it. The effect is the mean over seeds
+    of ``treatment`` minus ``control`` (0 where that is None: the treatment is then a difference already).
+    ``direction`` says how the treatment compares. ``margin`` is the difference that would not matter, in units of the
+    metric: with "higher" or "lower" a positive one turns "better" into "not worse by more than the margin"; "equal"
+    needs one. ``untestable`` is the reason why nothing can be measured here; there is no ``measure`` then.
 
     Raises ValueError for a claim that contradicts itself.
     """
@@ -81,9 +81,9 @@ class Outcome:
 def verdict(claim: Claim, low: float, high: float, seeds: int) -> Verdict:
     """The verdict on the 95% interval [low, high] of the paired difference.
 
-    Reproduced iff there are at least `LEAST_SEEDS` and the interval excludes zero in the claimed direction: it lies above
-    -margin ("higher"), below +margin ("lower"), or within (-margin, margin) ("equal"). Everything else, an interval that
-    cannot be computed included, is not reproduced.
+    Reproduced iff there are at least `LEAST_SEEDS` and the interval excludes zero in the claimed direction: it lies
+    above -margin ("higher"), below +margin ("lower"), or within (-margin, margin) ("equal"). Everything else, an
+    interval that cannot be computed included, is not reproduced.
     """
     if claim.untestable:
         return "not testable here"
@@ -108,8 +108,8 @@ def check(
 ) -> list[Outcome]:
     """Measure each claim on paired seeds 0, 1, ... and judge it; claims that share a measure share its runs.
 
-    ``quick`` takes 2 seeds and tiny budgets: the code runs, the verdict means nothing. Raises UsageError when a full run
-    is asked for with fewer seeds than a verdict needs.
+    ``quick`` takes 2 seeds and tiny budgets: the code runs, the verdict means nothing. Raises UsageError when a full
+    run is asked for with fewer seeds than a verdict needs.
     """
     if seeds is not None and seeds < 1:
         raise UsageError(f"--seeds must be at least 1, got {seeds}")

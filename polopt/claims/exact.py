@@ -41,7 +41,7 @@ BUDGET: Final = 1_000_000
 
 @dataclass(frozen=True)
 class NoisyGroups(Groups):
-    """Groups (no part of the library: an experiment) whose recorded log-probs are wrong, as where sampler and learner compute differently.
+    """Groups whose recorded log-probs are wrong, as where sampler and learner compute differently; for experiments.
 
     Normal noise of standard deviation ``noise`` on every step; then ``corrupted`` steps of each trajectory, drawn at
     random, are off by ``shift`` nats up or down. The actions are the policy's own.

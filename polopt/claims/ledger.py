@@ -97,13 +97,16 @@ def write_ledger(path: Path, entries: Sequence[dict[str, Any]]) -> None:
 
 def current_commit() -> str:
     """Commit of the checkout that polopt runs from, "-dirty" where files differ from it; empty outside a checkout."""
+    package = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
-        folder = Path(__file__).parent
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
-        return done.stdout.strip()
+        # Without optional locks: looking must not write to the checkout.
+        line = ["git", "--no-optional-locks", *arguments]
+        return subprocess.run(line, cwd=package, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
+        # An installed polopt may lie inside somebody else's checkout, which does not track it.
+        git("ls-files", "--error-unmatch", "core/method.py")
         commit = git("rev-parse", "HEAD")
         return f"{commit}-dirty" if git("status", "--porcelain") else commit
     except (OSError, subprocess.SubprocessError):

@@ -325,10 +325,10 @@ def _number(value: float) -> str:
 
 def _footnote(found: Mapping[str, Diagnosis]) -> str:
     said = ["Bias: 0° and residual 0% is the true gradient up to a scale. Weight: 1 is that of the true gradient."]
+    if any(d.bias.angle_floor for d in found.values()):
+        said.append("Noise: the angle that a sample of this size shows without any bias.")
     if any(d.kind == "sampled batches" for d in found.values()):
-        said.append(
-            "Sampled in batches: a group's gradient depends on its batch; noise is the angle of a sample this size."
-        )
+        said.append("Sampled in batches: what a group teaches depends on the groups beside it.")
     if any(d.fixed_point is not None and not d.fixed_point.exact for d in found.values()):
-        said.append("Its fixed point is sought with sampled gradients.")
+        said.append("Where gradients are sampled, so are those on the way to the fixed point.")
     return "\n".join(said)

@@ -34,6 +34,9 @@ COMMANDS = {
     "train": Command("polopt.cli.train", "train_command", "improve a policy by a method"),
     "eval": Command("polopt.cli.evaluate", "eval_command", "measure a policy on held-out prompts"),
     "diagnose": Command("polopt.cli.diagnose", "diagnose_command", "measure a method's gradient by enumeration"),
+    "claim": Command("polopt.cli.claim", "claim_command", "test a paper's claim at small scale"),
+    "compare": Command("polopt.cli.compare", "compare_command", "compare methods under one budget: better, or noise?"),
+    "leaderboard": Command("polopt.cli.leaderboard", "leaderboard_command", "compare every method with a baseline"),
     "methods": Command("polopt.cli.catalog", "methods_command", "list the methods"),
     "show": Command("polopt.cli.catalog", "show_command", "explain a method: citation, equations, parts, options"),
     "parts": Command("polopt.cli.catalog", "parts_command", "list the parts that fit a slot"),
@@ -95,5 +98,6 @@ def _help() -> str:
         "  polopt train grpo\n"
         "  polopt train grpo --advantage leave-one-out --objective.high 0.28\n"
         "  polopt train dapo --model MODEL --data train.jsonl --map prompt=question --reward math-verify --lora 16\n"
+        "  polopt compare grpo dapo --task arithmetic --budget rollouts=5000\n"
         "  polopt show ppo\n"
     )

@@ -2,9 +2,10 @@
 
 The key has two halves. The first is what the user chose: the world, the resolved settings, the method's parts with
 every field, the budget, the seed, and the content of the files that are read (initial policy, data, rewards). The
-second is the code: the source (without comments) of every module of polopt that the run imports, the
-modules of the method's own parts among them, and the versions of the libraries that compute. Adding a method changes neither for the others; changing a
-part that a method uses, or the trainer, changes the second, so that a stale result is never taken for a fresh one.
+second is the code: the source (without comments) of every module of polopt that the run imports, the modules of the
+method's own parts among them, and the versions of the libraries that compute. Adding a method changes neither for the
+others; changing a part that a method uses, or the trainer, changes the second, so that a stale result is never taken
+for a fresh one.
 """
 
 from __future__ import annotations
@@ -252,9 +253,7 @@ def _source(name: str) -> Path | None:
             if path.is_file():
                 return path
         return None
-    module = sys.modules.get(name)
-    path = getattr(module, "__file__", None)
+    file = str(getattr(sys.modules.get(name), "__file__", None) or "")
     # Only a user's own file: libraries go by version.
-    is_own = path is not None and "site-packages" not in path and not path.startswith(sys.prefix)
-    standard = name.partition(".")[0] in sys.stdlib_module_names
-    return Path(str(path)) if is_own and not standard else None
+    library = "site-packages" in file or name.partition(".")[0] in sys.stdlib_module_names
+    return Path(file) if file and not library else None

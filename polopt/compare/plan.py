@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from polopt.core.errors import UsageError
 from polopt.core.method import Method
@@ -117,7 +117,7 @@ def parse_budget(text: str) -> tuple[Unit, float]:
         raise UsageError(f"cannot read the budget {text!r}; write rollouts=20000, tokens=1e6, steps=100 or seconds=60")
     if unit != "seconds" and limit != int(limit):
         raise UsageError(f"a budget of {amount} {unit} is not a whole number")
-    return cast(Unit, unit), limit
+    return unit, limit
 
 
 @dataclass(frozen=True)

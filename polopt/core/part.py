@@ -39,7 +39,8 @@ class Part:
     - ``needs``: rollout columns that must exist before the part runs; ``reward/*`` means at least one named reward.
     - ``gives``: rollout columns that the part adds.
     - ``evaluates``: functionals of the current policy (with gradient) that an objective or regularizer reads.
-    - ``unit``: how far the loss of one step reaches (see `polopt.core.rollout.Unit`).
+    - ``unit``: how far the loss of one step reaches (see `polopt.core.rollout.Unit`); an advantage or weight whose
+      values depend on other groups says "batch".
     - ``vanishes_with``: a step column; where it is zero on a whole trajectory (on a whole group, for a unit of groups)
       the part's gradient is zero there, and the update may leave it out.
     - ``state``: names of attributes that change while training; saved in checkpoints, checked by name on load.

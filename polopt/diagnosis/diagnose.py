@@ -115,7 +115,7 @@ def diagnose(
     found = estimate(world, policy, behaviour, prompts=prompts, seed=seed, tell=tell)
     beta = world.beta()
     truth = policy_gradient(policy, problem.reward).detach().flatten() / problem.batch
-    squared = float(found.mean.square().sum())
+    squared = found.length**2
     return Diagnosis(
         slug=method.slug,
         kind=found.kind,
@@ -155,8 +155,8 @@ def regularised_gradient(world: World, policy: ExactPolicy, beta: float) -> Floa
 
 def measure_bias(found: Estimate, truth: Float[Tensor, " parameter"]) -> Bias:
     """Angle, length and residual of the expected direction against a true gradient."""
-    made = _bias(found.mean, truth)
-    if not found.error or found.blocks is None:
+    made = _bias(found.mean, truth) if found.length else _bias(torch.zeros_like(truth), truth)
+    if not found.length or not found.error or found.blocks is None:
         return made
     floor = math.degrees(math.atan2(math.sqrt(found.error), float(found.mean.norm())))
     total, count = found.blocks.sum(0), len(found.blocks)
@@ -181,7 +181,7 @@ def measure_signal(found: Estimate, which: Bool[Tensor, " group"], probability: 
     if not len(found.chance):
         return Signal(probability, math.nan, math.nan)
     lengths = found.chance * found.rows.norm(dim=1)
-    part, whole, total = (found.chance[which] @ found.rows[which]).norm(), found.mean.norm(), lengths.sum()
+    part, whole, total = (found.chance[which] @ found.rows[which]).norm(), found.length, lengths.sum()
     return Signal(
         probability,
         float(part / whole) if whole else math.nan,

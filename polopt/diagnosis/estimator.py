@@ -22,7 +22,11 @@ Kind = Literal["exact", "sampled groups", "sampled batches"]
 many. ``sampled batches``: what a group contributes depends on the rest of its batch."""
 
 GROUPS: Final = 20_000
+MEMORY: Final = 20_000_000
+"""Most numbers that the groups' gradients may have together."""
 BATCHES: Final = 256
+ROUNDING: Final = 1e-12
+"""An expectation this much shorter than the groups' gradients is zero."""
 REFILLS: Final = 8
 """Batches drawn in place of one whose groups a filter drops, at most."""
 
@@ -52,6 +56,12 @@ class Estimate:
     right_before: float
     wrong_before: float
 
+    @property
+    def length(self) -> float:
+        """|mean|; 0 where it is but the rounding of groups that cancel."""
+        length, whole = float(self.mean.norm()), float(self.chance @ self.rows.norm(dim=1))
+        return length if length > ROUNDING * whole else 0.0
+
 
 def estimate(
     world: World,
@@ -70,8 +80,11 @@ def estimate(
     to enumerate. A filter's batch is refilled: expectations are conditional on what it keeps.
     """
     sizes = world.problem.group_sizes
-    enough = drawing.count_groups(world.problem.space.n_sequences, sizes) <= limit
-    chosen = drawing.enumerated(behaviour, sizes) if enough else drawing.sampled(behaviour, sizes, GROUPS, seed=seed)
+    room = max(MEMORY // policy.logits.numel(), 1)
+    if drawing.count_groups(world.problem.space.n_sequences, sizes) <= min(limit, room):
+        chosen = drawing.enumerated(behaviour, sizes)
+    else:
+        chosen = drawing.sampled(behaviour, sizes, min(GROUPS, room), seed=seed)
     rollout = world.rollout(policy, behaviour, chosen)
     if world.is_local(policy, rollout):
         return _by_group(world, policy, rollout, chosen)
@@ -215,7 +228,8 @@ def _rows(
     rows = torch.zeros(rollout.n_groups, policy.logits.numel(), dtype=policy.logits.dtype)
     for name, jacobian in jacobians.items():
         taken = rows.new_zeros(rollout.n_groups * size).index_add(0, index, -slopes[name].to(rows))
-        rows = rows + taken.view(rollout.n_groups, size) @ jacobian
+        by_prefix = taken.view(rollout.n_groups, *jacobian.shape[:2])
+        rows = rows + torch.einsum("gkv,kvw->gkw", by_prefix, jacobian).flatten(1)
     return rows
 
 

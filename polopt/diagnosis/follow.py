@@ -60,7 +60,7 @@ def follow(
 ) -> FixedPoint:
     """theta <- theta + size * E[direction], until the direction vanishes, or ``steps`` or ``seconds`` are over.
 
-    The size is Barzilai and Borwein's (1988, BB1) where the direction shrinks along the path, and never moves a logit
+    The size is Barzilai and Borwein's (1988, BB2) where the direction shrinks along the path, and never moves a logit
     by more than `LONGEST`. Where groups are not ``local`` or too many, the direction is that of a sampled batch and the
     longest step falls as 1 / (1 + step / 50).
     """
@@ -98,7 +98,7 @@ def follow(
             if exact and before is not None:
                 moved, turned = here - before[0], before[1] - direction
                 if (slope := float(moved @ turned)) > 0:
-                    size = min(size, float(moved @ moved) / slope)
+                    size = min(size, slope / float(turned @ turned))
             policy.logits.add_(direction.view_as(policy.logits), alpha=size)
         before = (here, direction)
         tell(f"step {step + 1}")

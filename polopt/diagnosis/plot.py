@@ -71,8 +71,9 @@ def _bars(
     place = np.arange(len(values))[::-1]
     drawn = [0.0 if math.isnan(value) else value for value in values]
     axis.barh(place, drawn, color=list(colour.values()), height=0.62)
-    if errors is not None and any(errors):
-        axis.errorbar(drawn, place, xerr=errors, fmt="none", ecolor=_INK, elinewidth=1, capsize=2)
+    for y, value, error in zip(place, drawn, errors or [], strict=False):
+        if error:
+            axis.errorbar(value, y, xerr=error, fmt="none", ecolor=_INK, elinewidth=1, capsize=2)
     reach = max([*(d + e for d, e in zip(drawn, errors or [0.0] * len(drawn), strict=True)), 1e-12])
     for y, value, shown, error in zip(place, values, drawn, errors or [0.0] * len(values), strict=True):
         axis.text(shown + error + 0.02 * reach, y, _number(value) + unit, va="center", fontsize=9, color=_INK)
@@ -110,16 +111,16 @@ def _weights(axis: Any, found: Mapping[str, Diagnosis], colour: Mapping[str, str
     axis.plot(rates, 0.5 / np.sqrt(rates * (1 - rates)), color=_GREY, linewidth=1.2, linestyle=(0, (2, 2)))
     top = 0.0
     for index, (label, d) in enumerate(found.items()):
-        if d.curve is None:
+        if d.curve is None or not any(d.curve.weight) or not np.isfinite(d.curve.relative).all():
             continue
-        relative = np.array(d.curve.relative)
-        scale = relative / np.array(d.curve.weight)
+        relative, weight = np.array(d.curve.relative), np.array(d.curve.weight)
+        scale = float(relative @ weight / (weight @ weight))
         width = _width(index, len(found))
         axis.plot(d.curve.rates, relative, color=colour[label], linewidth=width, marker="o", markersize=3 + width / 2)
         if any(d.curve.error):
-            wide = 2 * np.abs(scale) * np.array(d.curve.error)
+            wide = 2 * abs(scale) * np.array(d.curve.error)
             axis.fill_between(d.curve.rates, relative - wide, relative + wide, color=colour[label], alpha=0.15, lw=0)
-        top = max(top, float(np.nanmax(np.abs(relative))))
+        top = max(top, float(np.abs(relative).max()))
     axis.set_ylim(0, min(max(1.25 * top, 2.0), 8.0))
     axis.set_xlim(0, 1)
     shown = 0.8 * min(axis.get_ylim()[1], 3.4)

@@ -242,20 +242,22 @@ class Catalogue:
         (gradient,) = torch.autograd.grad(total, policy.logits, allow_unused=True, materialize_grads=True)
         return gradient.flatten()
 
-    def jacobian(self, policy: ExactPolicy, name: str) -> Float[Tensor, "decision parameter"]:
-        """grad f(u) of one functional at every decision, [U, B P V]."""
-        value = policy.evaluate(self.rollout, frozenset({name}))[name][self.first]
+    def jacobian(self, policy: ExactPolicy, name: str) -> Float[Tensor, "prefix token logit"]:
+        """Gradient of one functional at every decision in the logits of its own prefix, [B K, V, V].
+
+        The policy is tabular: a decision depends on no other prefix, so that one pass per token finds all of them.
+        """
+        vocabulary = policy.space.vocabulary
+        value = policy.evaluate(self.rollout, frozenset({name}))[name][self.first].view(-1, vocabulary)
         if not value.requires_grad:
-            return value.new_zeros(len(value), policy.logits.numel())
-        (rows,) = torch.autograd.grad(
-            value,
-            policy.logits,
-            torch.eye(len(value), dtype=value.dtype),
-            is_grads_batched=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return rows.flatten(1)
+            return value.new_zeros(len(value), vocabulary, vocabulary)
+        passes = [
+            torch.autograd.grad(
+                value[:, token].sum(), policy.logits, retain_graph=True, allow_unused=True, materialize_grads=True
+            )[0]
+            for token in range(vocabulary)
+        ]
+        return torch.stack([found.flatten(0, 1) for found in passes], dim=1)
 
 
 def decisions(rollout: Rollout, policy: ExactPolicy) -> Int[Tensor, " step"]:

@@ -20,8 +20,9 @@ Estimator = Literal["k1", "k2", "k3"]
 def kl_estimate(gap: Float[Tensor, " step"], estimator: Estimator) -> Float[Tensor, " step"]:
     """One-sample estimates of KL(pi || ref) from u = log ref - log pi: k1 = -u, k2 = u^2 / 2, k3 = exp(u) - u - 1.
 
-    In value k1 and k3 are unbiased on samples of pi; in gradient (differentiated through log pi) k2 is, k1 has
-    expectation 0 and k3 gives the gradient of KL(ref || pi). Schulman 2020, "Approximating KL divergence".
+    At one step, on samples of pi: k1 and k3 are unbiased in value; in gradient, differentiated through log pi of that
+    step, k2 is, k1 has expectation 0 and k3 gives the gradient of KL(ref || pi). Over a response none of them gives
+    the gradient of the KL between responses; a KL inside the reward does. Schulman 2020, "Approximating KL divergence".
     """
     match estimator:
         case "k1":

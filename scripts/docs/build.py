@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from scripts.docs.pages import ROOT
 from scripts.docs.stage import STAGE, stage
 
-SHIM = '<script src="https://unpkg.com/iframe-worker/shim"></script>'
+SHIM = re.compile(r'<script src="https://unpkg.com/iframe-worker/shim"[^>]*></script>')
 """What the theme fetches for the search of pages that are opened as files; ours is ``javascripts/worker.js``."""
 
 
@@ -35,6 +36,6 @@ def build(folder: Path = STAGE, site: Path = ROOT / "site", *, figures: bool = T
     for page in made.rglob("*.html"):
         up = "../" * len(page.relative_to(made).parent.parts)
         ours = f'<script src="{up}javascripts/worker.js"></script>'
-        page.write_text(page.read_text(encoding="utf-8").replace(SHIM, ours), encoding="utf-8")
+        page.write_text(SHIM.sub(ours, page.read_text(encoding="utf-8")), encoding="utf-8")
     shutil.rmtree(site, ignore_errors=True)
     shutil.move(made, site)

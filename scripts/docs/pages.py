@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from polopt.cli.catalog import _made, _members, first_line, name_of
+from polopt.cli.main import COMMANDS
 from polopt.core.method import Method
 from polopt.core.part import SLOTS, Slot, declared, flatten, named_parts
 from polopt.methods import methods
@@ -22,10 +23,10 @@ FLOW: Mapping[str, str] = {
     "rollout": "trajectories from the policy, an environment or a dataset",
     "reward": "what a method changes about the task's reward",
     "filter": "which trajectories train",
-    "advantage": "credit",
+    "advantage": "credit of each trajectory or step",
     "weight": "weight of each step in the objective",
-    "objective": "the loss",
-    "regularizer": "a loss added to it",
+    "objective": "loss of each step, trajectory or group",
+    "regularizer": "a loss that is added to the objective's",
     "aggregation": "from a loss per step to one number",
     "controller": "fields of parts that change while training",
     "models": "frozen models and when they are refreshed",
@@ -33,8 +34,11 @@ FLOW: Mapping[str, str] = {
     "schedule": "epochs and minibatches per rollout",
 }
 
-Figure = Callable[[Method], tuple[Path | None, str]]
-"""Draws a method's diagnosis: the picture, or why there is none."""
+EVIDENCE = (
+    *("reason", "world", "baseline", "metric", "direction", "margin", "treatment", "control", "effect", "interval"),
+    *("seeds", "seconds", "date", "commit"),
+)
+"""Fields of an entry of the ledger, in the order in which they are shown."""
 
 
 def read_ledger(path: Path = LEDGER) -> dict[str, list[dict[str, Any]]]:
@@ -72,8 +76,7 @@ def methods_index() -> str:
     for family, members in grouped.items():
         rows = [
             [
-                f"[{text(name_of(m))}]({m.slug}.md)",
-                code(m.slug),
+                f"[{text(name_of(m))}]({m.slug}.md)<br>{code(m.slug)}",
                 text(m.paper),
                 *(_links(slot, getattr(m, slot)) for slot in ("advantage", "objective", "aggregation")),
             ]
@@ -81,7 +84,7 @@ def methods_index() -> str:
         ]
         about = first_line(_module(f"polopt.methods.{family}"))
         lines += [f"## {family.replace('_', ' ').capitalize()}", text(about)] if about else [f"## {family}"]
-        lines.append(table(["method", "slug", "paper", "advantage", "objective", "aggregation"], rows))
+        lines.append(table(["method", "paper", "advantage", "objective", "aggregation"], rows))
     return "\n\n".join(lines) + "\n"
 
 
@@ -123,7 +126,7 @@ def method_page(method: Method, claims: Sequence[Mapping[str, Any]], figure: str
     body = docstring(rest)
     lines = [
         f"# {text(name)}",
-        text(title.removeprefix(name).removeprefix(":").strip()),
+        text(_sentence(title.removeprefix(name).removeprefix(":").strip())),
         f"```bash\npolopt train {method.slug}\npolopt show {method.slug}\n```",
         "## Equations",
         body or "The equations are those of its parts.",
@@ -146,17 +149,20 @@ def method_page(method: Method, claims: Sequence[Mapping[str, Any]], figure: str
     return "\n\n".join(lines) + "\n"
 
 
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
 def _slot_rows(method: Method) -> list[list[str]]:
     rows = []
     for slot, value in method.slots().items():
         for index, (name, part, options) in enumerate(_members(slot, value)):
             shown = f"[{code(slot)}](../parts/{slot}.md)" if index == 0 else ""
-            settings = [[code(option), code(str(setting))] for option, setting in options.items()] or [["", ""]]
-            model = code(name) if isinstance(value, Mapping) else _part_link(slot, name)
+            put = _part_link(slot, name)
             if isinstance(value, Mapping):
-                model += f": {_part_link(slot, _name(part))}"
-            for at, setting in enumerate(settings):
-                rows.append([shown if at == 0 else "", model if at == 0 else "", *setting])
+                put = f"{code(name)}: {_part_link(slot, _name(part))}"
+            names, defaults = ("<br>".join(map(code, map(str, column))) for column in (options, options.values()))
+            rows.append([shown, put, names, defaults])
     return rows
 
 
@@ -176,19 +182,20 @@ def figure_section(method: Method, picture: str | None, why: str, command: str) 
 
 def _evidence(method: Method, claims: Sequence[Mapping[str, Any]]) -> str:
     if not claims:
-        return f"The ledger has no entry of this method yet; `polopt claim {method.slug}` writes it."
+        writes = f"; `polopt claim {method.slug}` writes one" if "claim" in COMMANDS else ""
+        return f"The ledger has no entry of this method yet{writes}."
     made = []
     for entry in claims:
-        fields = {key: value for key, value in entry.items() if key not in ("slug", "statement", "verdict")}
-        rows = [[key.replace("_", " "), _value(value)] for key, value in fields.items() if value not in (None, "", [])]
-        made.append(
-            f"**{text(str(entry.get('verdict', 'no verdict')))}**: {text(str(entry.get('statement', '')))}\n\n"
-            + table(["", ""], rows)
-        )
-    return "\n\n".join([*made, f"`polopt claim {method.slug}` measures it again."])
+        head = f"**{text(str(entry.get('verdict', 'no verdict')))}**: {text(str(entry.get('statement', '')))}"
+        rows = [[key, _value(entry[key])] for key in EVIDENCE if entry.get(key) not in (None, "", [None, None])]
+        again = entry.get("command") or f"polopt claim {method.slug}"
+        made.append(f"{head}\n\n{table(['', ''], rows)}\n\n```bash\n{again}\n```")
+    return "\n\n".join([*made, "[Claims](../claims.md) says how a verdict is reached."])
 
 
 def _value(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
@@ -215,7 +222,7 @@ def parts_index() -> str:
         for names in [sorted(named_parts(slot))]
     ]
     return (
-        "# Parts\n\n`polopt train METHOD --SLOT PART` puts a part into a slot of a method, `--SLOT none` empties it, and "
+        "# Parts\n\n`polopt train METHOD --SLOT PART` puts a part into a slot, `--SLOT none` empties it, and "
         "`--SLOT METHOD` takes what another method has there.\n\n" + table(["slot", "what it decides", "parts"], rows)
     ) + "\n"
 
@@ -253,11 +260,8 @@ def _declarations(slot: Slot, name: str, make: Any) -> list[str]:
         ]
         if rows:
             lines.append(table(["option", "type", "default"], rows))
-    facts = [
-        f"{label} {_codes(declared(made, label))}"
-        for label in ("needs", "gives", "evaluates")
-        if declared(made, label)  # type: ignore[arg-type]
-    ]
+    labels: tuple[Literal["needs", "gives", "evaluates"], ...] = ("needs", "gives", "evaluates")
+    facts = [f"{label} {_codes(declared(made, label))}" for label in labels if declared(made, label)]
     if slot in ("objective", "regularizer", "aggregation"):
         facts.append(f"unit {code(getattr(make, 'unit', 'step'))}")
     if vanishes := getattr(make, "vanishes_with", None):

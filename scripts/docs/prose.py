@@ -21,7 +21,7 @@ def text(plain: str) -> str:
 
 
 def _literal(plain: str) -> str:
-    escaped = re.sub(r"([\\*_\[\]|<>])", r"\\\1", plain)
+    escaped = re.sub(r"([\\*_\[\]|])", r"\\\1", plain.replace("&", "&amp;").replace("<", "&lt;"))
     return ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", escaped)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from polopt.cli.catalog import name_of
 from polopt.core.part import SLOTS
 from scripts.docs import figures as drawing
 from scripts.docs import pages
@@ -16,6 +17,7 @@ from scripts.docs.pages import ROOT
 
 STAGE = ROOT / "build" / "docs"
 FIGURES = ROOT / "build" / "diagnosis"
+WIDE = "---\nhide: [navigation]\n---\n\n"
 UNWRITTEN = {
     "leaderboard.md": "# Leaderboard\n\nNot measured yet.\n",
     "diagnose.md": "# Diagnosing a method\n\n`polopt diagnose --help` explains the command.\n",
@@ -34,7 +36,7 @@ def stage(folder: Path = STAGE, *, figures: bool = True) -> None:
         if not (target / name).exists():
             (target / name).write_text(content, encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (target / "index.md").write_text(readme.replace("](docs/", "]("), encoding="utf-8")
+    (target / "index.md").write_text(WIDE + readme.replace("](docs/", "]("), encoding="utf-8")
     for path, content in generated(target, figures=figures).items():
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         (target / path).write_text(content, encoding="utf-8")
@@ -64,9 +66,9 @@ def generated(target: Path, *, figures: bool) -> Mapping[str, str]:
 def configuration() -> dict[str, Any]:
     """The repository's ``mkdocs.yml`` with the generated pages in its navigation."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    titles = {
+    titles: dict[str, list[Any]] = {
         "methods/index.md": [
-            {family.replace("_", " ").capitalize(): [{pages.name_of(m): f"methods/{m.slug}.md"} for m in members]}
+            {family.replace("_", " ").capitalize(): [{name_of(m): f"methods/{m.slug}.md"} for m in members]}
             for family, members in pages.families().items()
         ],
         "parts/index.md": [{slot.capitalize(): f"parts/{slot}.md"} for slot in SLOTS],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -73,7 +74,7 @@ def grouped(made: Problem, size: int) -> Problem:
     return dataclasses.replace(made, group_sizes=(size,) * made.batch)
 
 
-# --- baselines ------------------------------------------------------------------------------------------------------
+# --- baselines --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("baseline", [None, -2.0, 0.7])
@@ -118,7 +119,7 @@ def test_dr_grpo_is_the_true_gradient_times_g_minus_one_over_g_and_the_budget() 
         assert bias.scale == pytest.approx((size - 1) / size / made.space.length, rel=1e-6)
 
 
-# --- the group z-score -------------------------------------------------------------------------------------------------
+# --- the group z-score ------------------------------------------------------------------------------------------------
 
 
 def test_the_group_z_score_is_biased_over_prompts_of_unequal_difficulty() -> None:
@@ -165,7 +166,7 @@ def test_without_the_division_every_prompt_weighs_the_same(slug: str) -> None:
     assert min(curve.relative) == pytest.approx(1)
 
 
-# --- lengths ------------------------------------------------------------------------------------------------------------
+# --- lengths ----------------------------------------------------------------------------------------------------------
 
 LONG = SequenceSpace(3, 3, end=True)
 SHORT_RIGHT, LONG_RIGHT = LONG.index([0, 2]), LONG.index([0, 0, 0])
@@ -282,7 +283,7 @@ def test_gspo_does_not_see_where_in_the_response_the_ratio_moved() -> None:
     assert difference.abs().max() > 1e-3
 
 
-# --- KL estimators ------------------------------------------------------------------------------------------------------
+# --- KL estimators ----------------------------------------------------------------------------------------------------
 
 
 def with_reference(space: SequenceSpace) -> Problem:
@@ -340,7 +341,9 @@ def in_the_loss(estimator: Estimator) -> Method:
 def test_kl_estimators_in_gradient(space: SequenceSpace) -> None:
     """Through the log-prob: k1 teaches nothing, k2 the reverse KL of each step, k3 the forward KL of each step."""
     made = with_reference(space)
-    same(measured(in_the_loss("k1"), made).mean, torch.zeros(made.initial.numel()))
+    nothing = measured(in_the_loss("k1"), made)
+    same(nothing.mean, torch.zeros(made.initial.numel()))
+    assert nothing.length == 0
     same(measured(in_the_loss("k2"), made).mean, -node_divergences(made, forward=False))
     same(measured(in_the_loss("k3"), made).mean, -node_divergences(made, forward=True))
 
@@ -405,3 +408,38 @@ def test_without_a_kl_one_of_several_right_answers_wins() -> None:
     assert float(point.policy.probabilities()[0, right].max().detach()) > 0.99
     assert point.rewards[0] == pytest.approx(0.25)
     assert float(expected_reward(point.policy, made.reward).detach()) == pytest.approx(point.reward)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[2] / "docs" / "diagnose.md").read_text(encoding="utf-8")
+
+
+def row(start: str) -> list[float]:
+    """Numbers of the page's table row that starts so."""
+    (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {start}")]
+    return [float(cell) for cell in line.strip("| ").split("|")[1:]]
+
+
+def test_the_tables_of_the_page_are_what_is_measured() -> None:
+    for start, p in (("p = 0.1 or 0.9", 0.1), ("p = 0.02 or 0.98", 0.02)):
+        *finite, limit = row(start)
+        expected = [z_score_weight(p, n) / z_score_weight(0.5, n) for n in (2, 4, 8, 16, 64, 256)]
+        assert finite == [round(x, 2) for x in expected]
+        assert limit == round(0.5 / math.sqrt(p * (1 - p)), 2)
+    for start, aggregation in (("constant divisor", FixedLength()), ("mean over the response", SequenceMean())):
+        rates = rates_of_change(get_method("dr-grpo") | {"aggregation": aggregation})
+        expected = [float(rates[i]) for i in (SHORT_RIGHT, LONG_RIGHT, SHORT_WRONG, LONG_WRONG)]
+        assert row(start) == [round(x, 2) for x in expected]
+
+
+def test_the_angles_of_the_page_are_what_is_measured() -> None:
+    def angle(slug: str, made: Problem) -> int:
+        return round(diagnose(get_method(slug), made, curve=False, fixed_point=False).bias.angle)
+
+    lengths = problem("length-correlated-rewards", space=LONG)
+    assert f"{angle('grpo', lengths)}° against {angle('dr-grpo', lengths)}°" in PAGE
+    stale = problem("stale-behaviour", space=ENDING, batch=3)
+    softer = [angle(slug, stale) for slug in ("sapo", "cispo")]
+    said = f"{angle('grpo', stale)}° from the true one, the soft bounds of SAPO and CISPO {softer[0]}° and {softer[1]}°"
+    assert said in PAGE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -39,7 +40,9 @@ def checks() -> Iterator[tuple[str, Callable[[Method], None]]]:
                 }
 
                 def check(method: Method, function: Any = function, arguments: Any = arguments) -> None:
-                    function(method=method, **arguments)
+                    with pytest.MonkeyPatch.context() as patch:
+                        fixtures = {"monkeypatch": patch} if "monkeypatch" in signature(function).parameters else {}
+                        function(method=method, **arguments, **fixtures)
 
                 yield name.removeprefix("test_"), check
 

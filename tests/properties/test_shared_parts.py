@@ -41,10 +41,6 @@ def leave_one_out(part: Any, returns: list[float], place: int) -> float:
 
 LOOPS: dict[str, Loop] = {"group-center": centred, "group-zscore": zscore, "leave-one-out": leave_one_out}
 
-ACROSS_GROUPS = frozenset({"batch-baseline", "gae"})
-"""Parts that mean to compare trajectories with those of other groups. What is not here looks at its own group only."""
-
-
 @pytest.mark.parametrize("method", EVERY)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_shared_advantage_is_what_a_loop_says(method: Method, seed: int) -> None:
@@ -70,7 +66,7 @@ def test_credit_stays_in_its_group_where_it_should(method: Method) -> None:
     if "advantage" not in flow(method, rollout):
         pytest.skip("the method has no advantage")
     members = (*flatten(method.reward), *flatten(method.advantage), *flatten(method.weight))
-    crosses = any(getattr(member, "name", "") in ACROSS_GROUPS for member in members)
+    crosses = any(getattr(member, "unit", "step") == "batch" for member in members)
     together = flow(method, rollout)
     differs = False
     for group in range(rollout.n_groups):

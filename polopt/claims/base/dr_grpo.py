@@ -4,18 +4,16 @@ Design, fixed before the first run. Exact world.
 
 - Length: tokens 0, 1 and the end, at most 8 tokens. The first token is the answer (0 is right, 1 or an immediate end is
   wrong), every token after it padding; initial logits normal with standard deviation 0.5. The card lets padding come
-  before the answer; here it comes after. In an enumerable policy nothing hidden decides whether a response will be right:
-  with the answer last, length and correctness are independent at first and no method has a push on the length to show.
-  8 prompts x 8, Adam at rate 0.1, 40 iterations, one update each. Exact mean length of the incorrect responses, change
-  from start to end. "Does not rise" means by less than 0.25 tokens. "Equal accuracy": expected rewards at the end within
-  0.05 of each other.
+  before the answer; here it comes after. In an enumerable policy nothing hidden decides whether a response will be
+  right: with the answer last, length and correctness are independent at first and no method has a push on the length to
+  show. 8 prompts x 8, Adam at rate 0.1, 40 iterations, one update each. Exact mean length of the incorrect responses,
+  change from start to end. "Does not rise" means by less than 0.25 tokens. "Equal accuracy": expected rewards at the
+  end within 0.05 of each other.
 - Difficulty: 5 tokens, length 4, prompts with pass rates 0.05, 0.5 and 0.95, groups of 8 from the initial policy, 1,000
   per prompt in one batch. Share of the middle prompt in the sum of the norms of the three prompts' mean gradients.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 from polopt.claims.bias import difficulty, length
 from polopt.claims.claim import Claim
@@ -64,7 +62,7 @@ CLAIMS = (
     Claim(
         "dr-grpo",
         "difficulty",
-        "A prompt of pass rate 0.5 has a larger share of the gradient than under GRPO, against prompts of 0.05 and 0.95.",
+        "Against prompts of pass rate 0.05 and 0.95, one of 0.5 has a larger share of the gradient than under GRPO.",
         "exact",
         "grpo",
         "share of the norm of the expected gradient",

@@ -1,4 +1,4 @@
-"""PPO: the clip allows several epochs on one rollout; the critic earns its keep (Schulman et al. 2017, arXiv:1707.06347).
+"""PPO: the clip allows several epochs, the critic earns its keep (Schulman et al. 2017, arXiv:1707.06347).
 
 Design, fixed before the first run. The card asks for a task of several steps whose reward depends on one early token:
 exact world, 5 tokens, length 4, 8 prompts, reward 1 iff the first token is the prompt's target, chosen with probability
@@ -40,7 +40,7 @@ def _untrained(policy: ExactPolicy) -> None:
 def clip(seed: int, quick: bool) -> Mapping[str, float]:
     """Reward at half time and at the end, and the largest fall, with and without the clip."""
     made = one_token(SPACE, prompts=PROMPTS, chance=CHANCE, seed=seed)
-    found = {}
+    found: dict[str, float] = {}
     for name, method in {"clipped": PPO, "unclipped": UNCLIPPED}.items():
         run = start(made, method, seed=seed, group=GROUP, optimizer="sgd", prepare=_untrained)
         rewards = curve(run, 2 if quick else ITERATIONS)

@@ -1,15 +1,15 @@
 """RLOO: the leave-one-out baseline of a prompt's own samples (Ahmadian et al. 2024, arXiv:2402.14740).
 
 Design, fixed before the first run. Exact world: 5 tokens, length 4, 8 prompts with pass rates from 0.1 to 0.9 in equal
-steps, reward 1 on a random quarter of the sequences. The KL to the reference is off in every arm (beta 0): it is the same
-in all of them and not what is claimed.
+steps, reward 1 on a random quarter of the sequences. The KL to the reference is off in every arm (beta 0): it is the
+same in all of them and not what is claimed.
 
 - Noise: 150 batches of all prompts, G = 4, from the initial policy; logarithm of the trace of the covariance of the
   gradient. The moving average (decay 0.9) warms up on 30 more batches that count for no arm.
 - Group size at equal samples: 64 trajectories, 8 of every prompt, in groups of 2, 4 or 8.
 - Reward at equal samples: Adam, rate 0.1, 40 iterations of 8 prompts x 4; expected reward afterwards. PPO has a tabular
-  critic that starts at 0 and learns at the same rate. It runs with one update per rollout (equal updates) and, as a claim
-  of its own, with its own four. "At least equal" means not lower by more than 0.02.
+  critic that starts at 0 and learns at the same rate. It runs with one update per rollout (equal updates) and, as a
+  claim of its own, with its own four. "At least equal" means not lower by more than 0.02.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ class GAE(Part):
 
     needs = frozenset({"reward", "value"})
     gives = frozenset({"return"})
+    unit = "batch"
 
     def __call__(self, rollout: Rollout) -> dict[str, Tensor]:
         trajectory, count, mask = rollout.trajectory, rollout.n_trajectories, rollout.mask

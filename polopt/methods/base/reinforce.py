@@ -47,6 +47,7 @@ class BatchBaseline(Stateful):
     batches: int = field(default=0, init=False, compare=False)
 
     needs = frozenset({"reward"})
+    unit = "batch"
     state = ("average", "batches")
 
     def __call__(self, rollout: Rollout) -> Float[Tensor, " trajectory"]:

@@ -1,0 +1,81 @@
+"""What claims of the small world share: a short run of the shipped policy and its statistics per iteration."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from polopt.training.budget import Budget
+from polopt.training.build import resolve
+from polopt.training.config import RunConfig
+from polopt.training.progress import RunProgress
+from polopt.training.run import make_trainer
+from polopt.training.tracking import Trackers
+
+
+def statistics(
+    method: str, *, seed: int, quick: bool, steps: int, slots: Mapping[str, Any] | None = None
+) -> list[dict[str, float]]:
+    """One row per iteration of a default run: ``reward``, ``entropy``, ``trajectories``, ``wrong length``.
+
+    The reward is the mean success, the last one the mean length of incorrect responses. Everything that was sampled
+    counts, before anything is filtered. An iteration without an incorrect response repeats the length of the one
+    before. ``quick`` makes two iterations of a few short answers.
+    """
+    config = RunConfig(
+        method=method,
+        seed=seed,
+        steps=2 if quick else steps,
+        prompts=2 if quick else 16,
+        group=2 if quick else 8,
+        level=(1,) if quick else (),
+        eval_prompts=1,
+        track=("none",),
+        slots=dict(slots or {}),
+    )
+    rows: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        settled = resolve(config)
+        with RunProgress(Budget(settled.steps), quiet=True, console=Console(quiet=True)) as bar:
+            trainer = make_trainer(settled, Path(folder), bar)
+            trainer.trackers = Trackers({})
+            trainer.eval_every = trainer.save_every = None
+            collect: Any = trainer.collect
+
+            def watched(*arguments: Any) -> Any:
+                batch = collect(*arguments)
+                drawn = batch.drawn
+                score = drawn["score"]
+                wrong = drawn.lengths[score < 1].float()
+                rows.append(
+                    {
+                        "reward": float(score.mean()),
+                        "entropy": float(drawn["entropy"].mean()),
+                        "trajectories": float(drawn.n_trajectories),
+                        "wrong length": float(wrong.mean())
+                        if len(wrong)
+                        else rows[-1]["wrong length"]
+                        if rows
+                        else 0.0,
+                    }
+                )
+                return batch
+
+            trainer.collect = watched  # type: ignore[assignment]
+            for _ in range(settled.steps or 0):
+                trainer.step()
+    return rows
+
+
+def moving_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last ``window`` values (of all so far where there are fewer)."""
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+
+
+def first_reaching(values: Sequence[float], target: float) -> float:
+    """Number of iterations until a curve reaches the target; its length where it never does."""
+    return float(next((i + 1 for i, value in enumerate(values) if value >= target), len(values)))
