@@ -127,7 +127,7 @@ def test_trl_s_trainer_takes_a_method(tmp_path: Path) -> None:
             num_generations=4,
             num_iterations=2,
             max_completion_length=6,
-            max_steps=4,
+            max_steps=3,
             learning_rate=1e-3,
             loss_type=loss_type,
             scale_rewards="none" if loss_type == "dr_grpo" else "group",
@@ -146,10 +146,10 @@ def test_trl_s_trainer_takes_a_method(tmp_path: Path) -> None:
         made.train()
         return {name: value.detach().clone() for name, value in made.model.named_parameters()}
 
+    start = dict(type(found["trainer"].model).from_pretrained(found["base_policy_path"]()).named_parameters())
     for slug, loss_type in (("grpo", "grpo"), ("dr-grpo", "dr_grpo")):
         theirs = train(trl.GRPOTrainer, loss_type)
         ours = train(found["PoloptTrainer"], loss_type, method=get_method(slug))
-        start = dict(found["trainer"].model.__class__.from_pretrained(found["base_policy_path"]()).named_parameters())
         assert any(not torch.equal(theirs[name], start[name]) for name in theirs)
         for name, value in theirs.items():
             torch.testing.assert_close(ours[name], value, rtol=0, atol=2e-6)
@@ -368,7 +368,9 @@ def test_a_figure_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert first[0] is not None and first[0].read_bytes() == b"picture"
     assert len(drawn) == 1
     changed = method | {"advantage": get_method("grpo").advantage}
-    assert figures.fingerprint(changed) != figures.fingerprint(method)
+    new, _ = figures.draw(changed, tmp_path)
+    assert len(drawn) == 2
+    assert [new] == list(tmp_path.iterdir()), "the figure of before is gone"
 
 
 def test_a_method_that_cannot_be_diagnosed_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

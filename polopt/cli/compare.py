@@ -128,9 +128,11 @@ def compare_command(arguments: Sequence[str]) -> int:
         console.print(table)
     from polopt.compare.figure import plot_report
     from polopt.compare.page import write_page
-    from polopt.compare.words import cost, headline, plain_settings, title_of
+    from polopt.compare.words import cost, edges, headline, plain_settings, title_of
 
     console.print(headline(report), highlight=False, markup=False)
+    if said := edges(report):
+        console.print(said, style="yellow", highlight=False, markup=False)
     console.print(cost(report), style="dim", highlight=False, markup=False)
     command = shlex.join(["polopt", "compare", *arguments])
     made = made_with(workers)
@@ -294,8 +296,17 @@ def made_with(workers: int) -> dict[str, Any]:
 
 def make_tables(report: Report) -> list[Table]:
     """Final scores and differences; what happened on the way."""
-    from polopt.compare.words import number, ranged, rollouts_to_target, signed, target_text, title_of, verdict_text
     from polopt.compare.words import interval as bounds
+    from polopt.compare.words import (
+        lines,
+        number,
+        ranged,
+        rollouts_to_target,
+        signed,
+        target_text,
+        title_of,
+        verdict_text,
+    )
 
     base = report.baseline.contender.label
     final = Table(title=escape(title_of(report)), title_justify="left")
@@ -306,7 +317,7 @@ def make_tables(report: Report) -> list[Table]:
     colours = {"better": "green", "worse": "red", "unclear": "dim"}
     for entry in report.entries:
         versus = entry.versus
-        cells = [entry.contender.label, ranged(entry.mean), ranged(entry.iqm)]
+        cells = [lines(entry.contender.label), ranged(entry.mean), ranged(entry.iqm)]
         if versus is not None:
             cells.append(f"{signed(versus.difference.mean)} {bounds(versus.difference)}".rstrip())
             cells.append(f"{versus.improvement.mean:.0%}")
@@ -328,7 +339,7 @@ def make_tables(report: Report) -> list[Table]:
         way.add_column(escape(name), justify="right")
     for entry in report.entries:
         way.add_row(
-            escape(entry.contender.label),
+            escape(lines(entry.contender.label)),
             number(entry.area.mean),
             rollouts_to_target(entry),
             number(entry.entropy),

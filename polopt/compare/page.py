@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from polopt.compare.figure import colour_of
 from polopt.compare.report import Entry, Report
-from polopt.compare.words import cost, headline, interval, number, signed, target_text, title_of, verdict_text
+from polopt.compare.words import cost, edges, headline, interval, number, signed, target_text, title_of, verdict_text
 
 _STYLE: Final = """
 :root { color-scheme: light; }
@@ -99,7 +99,7 @@ def _results(report: Report) -> str:
         versus = entry.versus
         row: list[Cell] = [_name(report, entry), _ranged(entry.mean), _ranged(entry.iqm)]
         if versus is None:
-            row += [("", "n"), ("", "n"), "compared with"]
+            row += [("", "n"), ("", "n"), "baseline"]
         else:
             row += [
                 _ranged(versus.difference, signed(versus.difference.mean)),
@@ -118,8 +118,8 @@ def _results(report: Report) -> str:
     ]
     note = (
         f"Held-out score when the budget was spent, with {report.level:.0%} intervals over seeds: stratified "
-        "bootstrap for the means and the probability, Student's for the paired difference. A difference is called when its "
-        "whole interval lies on one side of zero; the intervals are not corrected for the number of contenders."
+        "bootstrap for the means and the probability, Student's for the paired difference. A difference is called when "
+        "its whole interval lies on one side of zero; the intervals are not corrected for the number of contenders."
     )
     return "<h2>Final score</h2>" + _table(head, rows) + f'<p class="note">{note}</p>'
 
@@ -196,6 +196,7 @@ def _trials(report: Report) -> str:
             cells.append((f"<strong>{mean}</strong>" if rate == chosen else mean, "n"))
         rows.append([escape(label), escape(world), *cells])
     note = f"Mean final score over {plan.tune_seeds} seeds that the comparison does not use; the chosen rate is bold."
+    note += f" {escape(edges(report))}"
     return "<h2>Choice of the learning rate</h2>" + _table(head, rows) + f'<p class="note">{note}</p>'
 
 

@@ -107,6 +107,22 @@ def cost(report: Report) -> str:
     return f"{total}, {c.reused} from the cache; all runs together took {duration(report.machine_seconds)}."
 
 
+def edges(report: Report) -> str:
+    """Which tuned learning rates are the smallest or largest tried, so that a better one may lie outside."""
+    tune = report.comparison.plan.tune
+    found = [label for (label, _), rate in report.comparison.rates.items() if tune and rate in (min(tune), max(tune))]
+    if not found:
+        return ""
+    return (
+        f"The chosen rate is the smallest or largest tried for {', '.join(dict.fromkeys(found))}: try others beyond it."
+    )
+
+
+def lines(label: str) -> str:
+    """A contender's label with a line for each replaced setting."""
+    return "\n+".join(label.split("+"))
+
+
 def duration(seconds: float) -> str:
     """``42 s``, ``3 min 20 s``, ``1 h 5 min``."""
     if not math.isfinite(seconds):

@@ -16,12 +16,11 @@ from polopt.core.part import flatten
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("core", "diagnosis", "policies/exact")
-SECONDS = "5"
 
 
 def arguments(method: Method) -> list[str]:
     """The command line that draws a method, beside GRPO for scale."""
-    return ["diagnose", *dict.fromkeys([method.slug, "grpo"]), "--seconds", SECONDS]
+    return ["diagnose", *dict.fromkeys([method.slug, "grpo"])]
 
 
 def draw(method: Method, folder: Path) -> tuple[Path | None, str]:
@@ -35,6 +34,8 @@ def draw(method: Method, folder: Path) -> tuple[Path | None, str]:
         return picture, ""
     if refusal.is_file():
         return None, refusal.read_text(encoding="utf-8")
+    for stale in folder.glob(f"{method.slug}-{'[0-9a-f]' * 16}.*"):
+        stale.unlink()
     said = io.StringIO()
     unfinished = folder / f"{method.slug}-unfinished.png"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from polopt.cli.catalog import _made, _members, first_line, name_of
 from polopt.cli.main import COMMANDS
-from polopt.core.method import Method
+from polopt.core.method import Method, Schedule
 from polopt.core.part import SLOTS, Slot, declared, flatten, named_parts
 from polopt.methods import methods
 from scripts.docs.prose import anchor, code, docstring, table, text
@@ -35,7 +35,19 @@ FLOW: Mapping[str, str] = {
 }
 
 EVIDENCE = (
-    *("reason", "world", "baseline", "metric", "direction", "margin", "treatment", "control", "effect", "interval"),
+    *(
+        "claim",
+        "reason",
+        "world",
+        "baseline",
+        "metric",
+        "direction",
+        "margin",
+        "treatment",
+        "control",
+        "effect",
+        "interval",
+    ),
     *("seeds", "seconds", "date", "commit"),
 )
 """Fields of an entry of the ledger, in the order in which they are shown."""
@@ -217,7 +229,11 @@ def parts_index() -> str:
     """The slots in the order of the flow, with their parts."""
     methods()
     rows = [
-        [f"[{code(slot)}]({slot}.md)", FLOW[slot], ", ".join(f"[{code(n)}]({slot}.md#{anchor(n)})" for n in names)]
+        [
+            f"[{code(slot)}]({slot}.md)",
+            FLOW[slot],
+            ", ".join(f"[{code(n)}]({slot}.md#{anchor(n)})" for n in names) or "-",
+        ]
         for slot in SLOTS
         for names in [sorted(named_parts(slot))]
     ]
@@ -231,7 +247,9 @@ def slot_page(slot: Slot) -> str:
     """The parts of a slot: docstring, options, declarations, and the methods that have them."""
     users = _users(slot)
     lines = [f"# {slot.capitalize()}", f"{FLOW[slot].capitalize()}."]
-    if not named_parts(slot):
+    if slot == "schedule":
+        lines += [docstring(inspect.getdoc(Schedule) or ""), _options(slot, Schedule)]
+    elif not named_parts(slot):
         lines.append("No part of this slot has a name yet.")
     for name, make in sorted(named_parts(slot).items()):
         lines += [f"## {name}", docstring(inspect.getdoc(make) or ""), *_declarations(slot, name, make)]
@@ -251,15 +269,7 @@ def _users(slot: Slot) -> dict[str, list[Method]]:
 
 def _declarations(slot: Slot, name: str, make: Any) -> list[str]:
     made = _made(make)
-    lines = []
-    if dataclasses.is_dataclass(make):
-        rows = [
-            [code(f"--{slot}.{field.name.replace('_', '-')}"), code(_kind(field)), _default(field)]
-            for field in dataclasses.fields(make)
-            if field.init and field.name not in getattr(make, "state", ())
-        ]
-        if rows:
-            lines.append(table(["option", "type", "default"], rows))
+    lines = [_options(slot, make)] if dataclasses.is_dataclass(make) else []
     labels: tuple[Literal["needs", "gives", "evaluates"], ...] = ("needs", "gives", "evaluates")
     facts = [f"{label} {_codes(declared(made, label))}" for label in labels if declared(made, label)]
     if slot in ("objective", "regularizer", "aggregation"):
@@ -270,6 +280,15 @@ def _declarations(slot: Slot, name: str, make: Any) -> list[str]:
         facts.append(f"state {_codes(state)}")
     where = _where(make)
     return [*lines, "; ".join([f"`--{slot} {name}`", *facts, *([f"defined in {code(where)}"] if where else [])]) + "."]
+
+
+def _options(slot: Slot, make: Any) -> str:
+    rows = [
+        [code(f"--{slot}.{field.name.replace('_', '-')}"), code(_kind(field)), _default(field)]
+        for field in dataclasses.fields(make)
+        if field.init and field.name not in getattr(make, "state", ())
+    ]
+    return table(["option", "type", "default"], rows) if rows else ""
 
 
 def _where(make: Any) -> str:
