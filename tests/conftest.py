@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import install_import_hook
 
 from tests import typechecked
+
+# One test process per core, so one thread each.
+torch.set_num_threads(1)
 
 CHECKED = (
     # Not core.registry: it looks at its caller's file, which a wrapper would hide.

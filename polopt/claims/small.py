@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,20 @@ from polopt.training.tracking import Trackers
 
 
 def statistics(
-    method: str, *, seed: int, quick: bool, steps: int, slots: Mapping[str, Any] | None = None
+    method: str,
+    *,
+    seed: int,
+    quick: bool,
+    steps: int,
+    slots: Mapping[str, Any] | None = None,
+    until: Callable[[Sequence[Mapping[str, float]]], bool] = lambda rows: False,
 ) -> list[dict[str, float]]:
     """One row per iteration of a default run: ``reward``, ``entropy``, ``trajectories``, ``wrong length``.
 
     The reward is the mean success, the last one the mean length of incorrect responses. Everything that was sampled
     counts, before anything is filtered. An iteration without an incorrect response repeats the length of the one
-    before. ``quick`` makes two iterations of a few short answers.
+    before. The run ends early once ``until`` holds of the rows so far. ``quick`` makes two iterations of a few short
+    answers.
     """
     config = RunConfig(
         method=method,
@@ -68,6 +75,8 @@ def statistics(
             trainer.collect = watched  # type: ignore[assignment]
             for _ in range(settled.steps or 0):
                 trainer.step()
+                if until(rows):
+                    break
     return rows
 
 

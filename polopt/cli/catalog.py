@@ -104,7 +104,7 @@ def show_command(arguments: Sequence[str]) -> int:
     console.print()
     table = Table("slot", "part", "option", "value", "what it does")
     for slot, value in method.slots().items():
-        for index, (name, part, options) in enumerate(_members(slot, value)):
+        for index, (name, part, options) in enumerate(part_rows(slot, value)):
             table.add_row(slot if index == 0 else "", escape(name), "", "", escape(first_line(part)))
             for option, setting in options.items():
                 table.add_row("", "", option, escape(str(setting)), "")
@@ -122,7 +122,7 @@ def show_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _members(slot: str, value: Any) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+def part_rows(slot: str, value: Any) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Name, part, and options with their values of each part in a slot."""
     if isinstance(value, Mapping):
         for name, part in value.items():
@@ -161,14 +161,14 @@ def parts_command(arguments: Sequence[str]) -> int:
     table = Table("slot", "part", "what it does", "needs")
     for slot in [check_slot(given.positional)] if given.positional is not None else SLOTS:
         for name, make in sorted(named_parts(slot).items()):
-            needs = ", ".join(sorted(declared(_made(make), "needs")))
+            needs = ", ".join(sorted(declared(made_by(make), "needs")))
             table.add_row(slot, escape(name), escape(first_line(make)), escape(needs))
         table.add_section()
     make_console().print(table)
     return 0
 
 
-def _made(make: Any) -> Any:
+def made_by(make: Any) -> Any:
     """The part with its defaults; None when it has fields without one."""
     required = dataclasses.is_dataclass(make) and any(
         f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING

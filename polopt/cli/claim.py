@@ -102,8 +102,9 @@ def _nothing(only: Sequence[str], world: str | None, slugs: Sequence[str]) -> st
     if world not in (None, "exact", "small"):
         return f"unknown world {world!r}; the worlds are exact and small"
     there = ", ".join(claim.name for slug in slugs for claim in claims()[slug] if world in (None, claim.world))
-    asked = f"called {' or '.join(map(repr, only))} " if only else ""
-    return f"there is no claim {asked}{f'in the {world} world' if world else ''}; there are {there or 'none'}"
+    asked = f" called {' or '.join(map(repr, only))}" if only else ""
+    where = f" in the {world} world" if world else ""
+    return f"there is no claim{asked}{where}; there are {there or 'none'}"
 
 
 def _ledger(path: str | None, quick: bool) -> Path | None:

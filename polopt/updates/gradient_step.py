@@ -23,9 +23,11 @@ class GradientStep(Part):
 
     def __call__(self, step: Step) -> dict[str, float]:
         metrics = step.gradient()
-        if not step.finite or all(parameter.grad is None for parameter in step.parameters):
-            # Nothing to learn from: no step, so that neither moments nor weight decay move.
+        if not step.finite:
             return metrics
+        if all(parameter.grad is None for parameter in step.parameters):
+            # Nothing to learn from: no step, so that neither moments nor weight decay move.
+            return {**metrics, "grad_norm": 0.0}
         norm = torch.nn.utils.clip_grad_norm_(step.parameters, self.max_norm)
         if not torch.isfinite(norm):
             step.reject(f"the gradient norm is {float(norm)}")

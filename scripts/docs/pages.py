@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from polopt.cli.catalog import _made, _members, first_line, name_of
+from polopt.cli.catalog import first_line, made_by, name_of, part_rows
 from polopt.cli.main import COMMANDS
 from polopt.core.method import Method, Schedule
 from polopt.core.part import SLOTS, Slot, declared, flatten, named_parts
@@ -168,7 +168,7 @@ def _sentence(words: str) -> str:
 def _slot_rows(method: Method) -> list[list[str]]:
     rows = []
     for slot, value in method.slots().items():
-        for index, (name, part, options) in enumerate(_members(slot, value)):
+        for index, (name, part, options) in enumerate(part_rows(slot, value)):
             shown = f"[{code(slot)}](../parts/{slot}.md)" if index == 0 else ""
             put = _part_link(slot, name)
             if isinstance(value, Mapping):
@@ -268,7 +268,7 @@ def _users(slot: Slot) -> dict[str, list[Method]]:
 
 
 def _declarations(slot: Slot, name: str, make: Any) -> list[str]:
-    made = _made(make)
+    made = made_by(make)
     lines = [_options(slot, make)] if dataclasses.is_dataclass(make) else []
     labels: tuple[Literal["needs", "gives", "evaluates"], ...] = ("needs", "gives", "evaluates")
     facts = [f"{label} {_codes(declared(made, label))}" for label in labels if declared(made, label)]

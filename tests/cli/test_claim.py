@@ -80,7 +80,7 @@ def test_a_real_claim_from_the_command_line(run: Callable[..., Result]) -> None:
         (("grpo", "--world", "large"), "unknown world 'large'; the worlds are exact and small"),
         (("grpo", "--ledger", "."), "--ledger . is a folder; name a file"),
         (("grpo", "--ledger", "no/such/file.jsonl"), "there is no folder no/such"),
-        (("grpo", "--sedes", 3), "unknown option --sedes; did you mean --seeds?"),
+        (("grpo", "--sedes", 3), "unknown option --sedes; did you mean --seeds"),
     ],
 )
 def test_wrong_input_is_one_line_and_measures_nothing(

@@ -134,13 +134,13 @@ def test_a_batch_baseline_shrinks_the_gradient_by_the_size_of_the_batch() -> Non
     made = verifier(0.3, size=2)
     world = World(get_method("reinforce"), made)
     policy = world.policy()
-    found = estimate(world, policy, policy, prompts=2, batches=1500)
+    found = estimate(world, policy, policy, prompts=2, batches=400)
     truth = policy_gradient(policy, made.reward).flatten().detach()
     gap = found.mean - 3 / 4 * truth
     assert float(gap.square().sum()) < 10 * found.error
     bias = measure_bias(found, truth)
     assert bias.norm_ratio == pytest.approx(0.75, abs=4 * bias.norm_error)
-    assert 0 < bias.norm_error < 0.05
+    assert 0 < bias.norm_error < 0.1
     assert bias.angle < 4 * bias.angle_floor
 
 
