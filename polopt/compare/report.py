@@ -27,11 +27,15 @@ from polopt.core.statistics import Interval
 
 Verdict = Literal["better", "worse", "unclear"]
 CURVES: Final = ("score", "entropy", "length")
+FEWEST: Final = 3
+"""Seeds below which no difference is called: two differences of scores on few prompts may be equal by chance, which
+leaves an interval without width.
+"""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean over seeds of what was measured after ``x`` rollouts, with the bootstrap interval of each mean."""
+    """Mean over seeds of what was measured after ``x`` rollouts on average, and the bootstrap interval of each mean."""
 
     x: tuple[float, ...]
     mean: tuple[float, ...]
@@ -55,7 +59,8 @@ class ToTarget:
 class Versus:
     """A contender against the first one: mean paired difference of final scores, and P(a run of it is better).
 
-    ``by_world`` are the differences in each world. ``verdict`` is clear when the interval excludes zero.
+    ``by_world`` are the differences in each world. ``verdict`` is clear when the interval excludes zero and every world
+    has at least `FEWEST` pairs.
     """
 
     difference: Interval
@@ -65,6 +70,8 @@ class Versus:
     @property
     def verdict(self) -> Verdict:
         """Which side of zero the whole interval of the difference lies on."""
+        if min(interval.count for interval in self.by_world.values()) < FEWEST:
+            return "unclear"
         if self.difference.low > 0:
             return "better"
         return "worse" if self.difference.high < 0 else "unclear"
@@ -198,14 +205,18 @@ def parts_of(method: Method) -> dict[str, str]:
 
 
 def curve(results: Sequence[Result], name: str, level: float) -> Curve:
-    """Mean curve over seeds against rollouts, as far as every seed came; each seed's is straight between its points."""
-    lines = [_points(result, "rollouts", name) for result in results]
-    end = min(x[-1] for x, _ in lines)
-    grid = np.linspace(0.0, end, max(len(x) for x, _ in lines))
-    table = np.array([np.interp(grid, x, y) for x, y in lines])
+    """Mean over seeds at equal shares of the budget, against the mean number of rollouts there; each run's line is
+    straight between its points.
+    """
+    grid = np.linspace(0.0, 1.0, max(len(result["points"]) for result in results))
+    x = [np.interp(grid, *_points(result, "fraction", "rollouts")) for result in results]
+    table = np.array([np.interp(grid, *_points(result, "fraction", name)) for result in results])
     means = [mean_score([column.tolist()], level) for column in table.T]
     return Curve(
-        tuple(grid.tolist()), tuple(m.mean for m in means), tuple(m.low for m in means), tuple(m.high for m in means)
+        tuple(np.mean(x, axis=0).tolist()),
+        tuple(m.mean for m in means),
+        tuple(m.low for m in means),
+        tuple(m.high for m in means),
     )
 
 

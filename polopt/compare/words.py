@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from polopt.compare.report import Entry, Report
+from polopt.compare.report import FEWEST, Entry, Report
 from polopt.core.statistics import Interval
 
 
@@ -59,8 +59,8 @@ def headline(report: Report) -> str:
     others = [entry for entry in report.entries if entry.versus is not None]
     if not others:
         return f"{base} reaches {ranged(report.baseline.mean)}."
-    if report.comparison.plan.seeds < 2:
-        return "One seed tells nothing about chance: use --seeds 5 for intervals."
+    if report.comparison.plan.seeds < FEWEST:
+        return f"{seeds(report).capitalize()} cannot tell a difference from chance: use --seeds 5."
     said = []
     for verdict in ("better", "worse", "unclear"):
         group = [entry for entry in others if entry.versus is not None and entry.versus.verdict == verdict]

@@ -18,7 +18,7 @@ from polopt.compare.words import duration, edges, headline, lines, title_of
 from polopt.methods import methods
 from tests.compare.worlds import comparison, exact_plan, result
 
-FINALS = {"grpo": (0.5, 0.6, 0.7, 0.8), "gspo": (0.7, 0.82, 0.9, 0.98), "dapo": (0.5, 0.61, 0.69, 0.8)}
+FINALS = {"grpo": (0.5, 0.6, 0.7, 0.8), "gspo": (0.7, 0.82, 0.9, 0.98), "dapo": (0.5, 0.63, 0.69, 0.8)}
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +71,10 @@ def test_what_a_run_spends_beyond_its_budget_does_not_count_for_the_area() -> No
     assert make_report(made).entries[1].area.mean == pytest.approx((0.5 * 64 + 1.5 * 64) / 128)
 
 
-def test_curves_are_means_over_seeds_as_far_as_all_came() -> None:
-    found = curve([result((0.0, 1.0), (0, 100)), result((0.0, 0.5, 1.0), (0, 100, 200))], "score", 0.95)
-    assert found.x == (0, 50, 100)
-    assert found.mean == pytest.approx((0.0, 0.375, 0.75))
+def test_curves_are_means_over_seeds_at_equal_shares_of_the_budget() -> None:
+    found = curve([result((0.0, 1.0), (0, 100)), result((0.0, 0.2, 1.0), (0, 100, 200))], "score", 0.95)
+    assert found.x == (0, 75, 150)
+    assert found.mean == pytest.approx((0.0, 0.35, 1.0))
     assert all(low <= mean <= high for low, mean, high in zip(found.low, found.mean, found.high, strict=True))
 
 
@@ -127,7 +127,7 @@ def test_the_page_needs_nothing_else_and_says_everything(tmp_path: Path, problem
 def test_words(report: Report) -> None:
     assert title_of(report) == "grpo, gspo, dapo on sparse-rewards: 128 rollouts, 4 seeds"
     assert headline(report).startswith("gspo (+0.200 [0.")
-    assert "No clear difference to grpo: dapo (+0.000 [" in headline(report)
+    assert "No clear difference to grpo: dapo (+0.005 [" in headline(report)
     assert edges(report) == ""
     assert lines("grpo+advantage=rloo+objective.high=1") == "grpo\n+advantage=rloo\n+objective.high=1"
     assert [duration(s) for s in (4.25, 42, 200, 3900, math.nan)] == ["4.2 s", "42 s", "3 min 20 s", "1 h 5 min", "?"]
@@ -136,7 +136,16 @@ def test_words(report: Report) -> None:
 def test_one_seed_says_that_it_tells_nothing() -> None:
     made = make_report(comparison(exact_plan("grpo", "gspo", seeds=1), {"grpo": (0.5,), "gspo": (0.9,)}))
     assert made.entries[1].versus is not None and made.entries[1].versus.verdict == "unclear"
-    assert "One seed" in headline(made)
+    assert headline(made).startswith("1 seed cannot tell a difference from chance")
+
+
+def test_two_seeds_call_nothing_even_where_their_differences_are_equal() -> None:
+    finals = {"grpo": (0.5, 0.6), "gspo": (0.6, 0.7)}
+    versus = make_report(comparison(exact_plan("grpo", "gspo", seeds=2), finals)).entries[1].versus
+    assert versus is not None and versus.difference.low == pytest.approx(0.1) and versus.verdict == "unclear"
+    three = {label: (*scores, scores[0]) for label, scores in finals.items()}
+    versus = make_report(comparison(exact_plan("grpo", "gspo", seeds=3), three)).entries[1].versus
+    assert versus is not None and versus.verdict == "better"
 
 
 def test_rates_at_the_edge_of_what_was_tried_are_said() -> None:
@@ -154,7 +163,7 @@ def test_the_leaderboard_is_one_table_with_its_command(report: Report) -> None:
         assert len({row.count("|") for row in table.splitlines()}) == 1
     rows = [row.split("|")[1].strip() for row in tables[0].splitlines()[2:]]
     assert rows == ["`gspo`", "`dapo`", "`grpo`"] == [f"`{label}`" for label in ordered(report, None)]
-    assert "**+0.200 [" in tables[0] and "| +0.000 [" in tables[0]
+    assert "**+0.200 [" in tables[0] and "| +0.005 [" in tables[0]
     assert "| small world | 128 rollouts | 4 seeds | 0.03 | 12 | 1,536 | 36 s |" in text
     alone = make_page(None, report, command="x", made={}, left_out={})
     assert "Small world" not in alone

@@ -52,7 +52,7 @@ def test_a_filter_that_refills_takes_further_prompts_of_the_same_order(
     drawn: list[tuple[int, tuple[str, ...]]],
 ) -> None:
     _, prompts = stream(drawn, "grpo")
-    _, refilled = stream(drawn, "dapo")
+    _, refilled = stream(drawn, "gspo+filter=dynamic-sampling")
     shared = min(len(prompts), len(refilled))
     # Over several epochs of the 8 prompts.
     assert shared > 24 and refilled[:shared] == prompts[:shared]
