@@ -125,7 +125,6 @@ def start(
     group: int,
     prompts: int | None = None,
     optimizer: str = "adam",
-    rate: float | None = None,
     prepare: Callable[[ExactPolicy], None] = lambda policy: None,
 ) -> Run:
     """A run of the method on the problem; ``prompts`` per iteration, all of them when left out."""
@@ -133,7 +132,7 @@ def start(
     prepare(policy)
     rewards = problem.reward_functions()
     check_needs(method, policy, rewards)
-    lr = rate if rate is not None else {"adam": ADAM, "sgd": SGD}[optimizer]
+    lr = {"adam": ADAM, "sgd": SGD}[optimizer]
     makes: dict[str, Any] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
     quiet = Profiler(enabled=False)
     trainer = Trainer(

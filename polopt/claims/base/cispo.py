@@ -11,10 +11,9 @@ Design, fixed before the first run. Exact world: 5 tokens, length 4, 8 prompts, 
   cap against the clip with bounds 0.2 and 0.28, 40 rollouts. Instability is the largest fall of the expected reward
   below its earlier maximum.
 
-Changed after the first run, for the weakness alone: at rate 20 the reward of neither arm fell by more than a thousandth
-on average, so that there was no instability to compare (effect 0.0012, interval -0.0003 to 0.0028, not reproduced). The
-rate is now the first of 20, 50, 100, 200, 500 at which the arm that falls more, whichever it is, falls by 0.05 on
-average over the seeds 1000 to 1002, which judge nothing: 100.
+The weakness does not show at this rate: neither arm's reward falls by more than a thousandth on average. At a rate of
+100, tried afterwards, CISPO without a cap does fall more than the clip; that rate was found by looking, so it judges
+nothing here.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from polopt.tasks.problems import problem
 SPACE = SequenceSpace(5, 4)
 PROMPTS, GROUP, CHANCE = 8, 16, 0.01
 UPDATES, MANY = 8, 16
-STRESS = 100.0
 
 CLIP = cispo | {"objective": grpo.objective}
 CLIP_HIGHER = cispo | {"objective": ClippedSurrogate(low=0.2, high=0.28)}
@@ -58,7 +56,7 @@ def many_updates(seed: int, quick: bool) -> Mapping[str, float]:
     made = problem("binary-verifier", space=SPACE, batch=PROMPTS, pass_rate=0.25, seed=seed)
     found: dict[str, float] = {}
     for name, method in {"cispo": override(cispo, {"objective.cap": 1e9}), "clip-higher": CLIP_HIGHER}.items():
-        run = start(made, with_updates(method, MANY), seed=seed, group=GROUP, optimizer="sgd", rate=STRESS)
+        run = start(made, with_updates(method, MANY), seed=seed, group=GROUP, optimizer="sgd")
         found[name] = largest_fall(curve(run, 2 if quick else 40))
     return found
 
