@@ -41,6 +41,7 @@ def leave_one_out(part: Any, returns: list[float], place: int) -> float:
 
 LOOPS: dict[str, Loop] = {"group-center": centred, "group-zscore": zscore, "leave-one-out": leave_one_out}
 
+
 @pytest.mark.parametrize("method", EVERY)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_shared_advantage_is_what_a_loop_says(method: Method, seed: int) -> None:
