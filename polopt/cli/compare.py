@@ -28,11 +28,15 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Which of several methods helps, by how much, and is it noise? The first one named is what the others are compared with.
 
-A contender is a method, alone or with slots and fields of its parts replaced, quoted or joined by plus signs:
-  polopt compare grpo dapo "grpo --advantage leave-one-out" grpo+objective.high=0.28
-Slots given outside the quotes hold for every contender. Runs of one seed are paired: the same initial policy, the same
-prompts in the same order, the same held-out prompts. Finished runs are kept: a comparison that was stopped, or that
-gets another contender, runs only what is missing. docs/compare.md explains every number."""
+Runs of one seed are paired: the same initial policy, the same prompts in the same order, the same held-out prompts.
+Finished runs are kept: a comparison that was stopped, or that gets another contender, runs only what is missing.
+docs/compare.md explains every number.
+
+A contender is a method, alone or with slots and fields of its parts replaced, quoted or joined by plus signs. Slots
+given outside the quotes hold for every contender.
+  polopt compare grpo dapo --task countdown --budget rollouts=5000
+  polopt compare grpo "grpo --advantage leave-one-out" grpo+objective.high=0.28
+  polopt compare grpo gspo --problem binary-verifier:pass_rate=0.1 --seeds 10"""
 
 CONTENDERS = Option("contenders", tuple[str, ...], (), "Methods, with or without replaced slots.", "METHOD")
 WHERE = (
@@ -300,29 +304,28 @@ def make_tables(report: Report) -> list[Table]:
     from polopt.compare.words import (
         lines,
         number,
-        ranged,
         rollouts_to_target,
         signed,
         target_text,
         title_of,
-        verdict_text,
     )
 
     base = report.baseline.contender.label
     final = Table(title=escape(title_of(report)), title_justify="left")
     final.add_column("contender", overflow="fold")
+    # Intervals below their means: labels need the width.
     for name in ("final mean", "interquartile mean", f"difference to {base}", "P(better)"):
-        final.add_column(escape(name), justify="right")
+        final.add_column(escape(name), justify="right", no_wrap=True)
     final.add_column("")
     colours = {"better": "green", "worse": "red", "unclear": "dim"}
     for entry in report.entries:
         versus = entry.versus
-        cells = [lines(entry.contender.label), ranged(entry.mean), ranged(entry.iqm)]
+        cells = [lines(entry.contender.label), *(f"{number(v.mean)}\n{bounds(v)}" for v in (entry.mean, entry.iqm))]
         if versus is not None:
-            cells.append(f"{signed(versus.difference.mean)} {bounds(versus.difference)}".rstrip())
+            cells.append(f"{signed(versus.difference.mean)}\n{bounds(versus.difference)}")
             cells.append(f"{versus.improvement.mean:.0%}")
         shade = colours[versus.verdict] if versus is not None else ""
-        said = escape(verdict_text(entry))
+        said = "" if versus is None else versus.verdict
         final.add_row(*map(escape, cells), *[""] * (5 - len(cells)), f"[{shade}]{said}[/{shade}]" if shade else said)
     way = Table()
     way.add_column("contender", overflow="fold")
