@@ -35,12 +35,12 @@ WHAT = (
     Option("quick", bool, False, "One task, one problem, two seeds, tiny budgets: to see that it works."),
 )
 SMALL = (
-    Option("budget", str, "rollouts=1280", "Of a run in the small world.", "UNIT=N"),
+    Option("budget", str, "rollouts=1600", "Of a run in the small world.", "UNIT=N"),
     Option("seeds", int, 5, "Of a method in the small world.", "N"),
     Option("prompts", int, 16, "Prompts per iteration.", "N"),
     Option("group", int, 4, "Trajectories per prompt.", "N"),
     Option("lr", float, 2e-4, "Learning rate of every method.", "X"),
-    Option("eval_prompts", int, 384, "Held-out prompts of each evaluation.", "N"),
+    Option("eval_prompts", int, 512, "Held-out prompts of each evaluation.", "N"),
     Option("points", int, 4, "Evaluations of a run, after the one before it; in both worlds.", "N"),
 )
 EXACT = (
