@@ -18,6 +18,7 @@ import torch
 
 from polopt.cli import options
 from polopt.cli.main import COMMANDS, main
+from polopt.compare.plan import parse_contender
 from polopt.core import registry
 from polopt.core.override import override
 from polopt.core.part import SLOTS, named_parts
@@ -207,8 +208,11 @@ def read(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Read):
         COMMANDS[name](arguments)
     if name in ("train", "show", "diagnose", "compare", "claim") and positional[0] is not None:
-        for slug in [positional[0]] if isinstance(positional[0], str) else positional[0]:
-            override(get_method(slug), slots)
+        for given in [positional[0]] if isinstance(positional[0], str) else positional[0]:
+            if name == "compare":
+                parse_contender(given, slots)
+            else:
+                override(get_method(given), slots)
 
 
 @by_name
