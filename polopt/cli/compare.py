@@ -109,6 +109,23 @@ def groups() -> Groups:
     }
 
 
+PLACES = frozenset({"--cache", "--out", "--json"})
+"""Options that say where things are kept on this machine, and change no number."""
+
+
+def command_line(name: str, arguments: Sequence[str]) -> str:
+    """The command that repeats the numbers, as a page shows it: without `PLACES`."""
+    kept: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word.partition("=")[0] not in PLACES:
+            kept.append(word)
+        elif "=" not in word and rest:
+            rest.pop(0)
+    return shlex.join(["polopt", name, *kept])
+
+
 def compare_command(arguments: Sequence[str]) -> int:
     """Run what is missing, print, write; returns the exit code. Raises UsageError before anything runs."""
     known = {option.name: option for options in groups().values() for option in options}
@@ -138,7 +155,7 @@ def compare_command(arguments: Sequence[str]) -> int:
     if said := edges(report):
         console.print(said, style="yellow", highlight=False, markup=False)
     console.print(cost(report), style="dim", highlight=False, markup=False)
-    command = shlex.join(["polopt", "compare", *arguments])
+    command = command_line("compare", arguments)
     made = made_with(workers)
     folder.mkdir(parents=True, exist_ok=True)
     numbers = as_dict(report, command=command, made=made)

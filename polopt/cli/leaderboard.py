@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
-from polopt.cli.compare import MACHINE, made_with, run_plan, workers_for
+from polopt.cli.compare import MACHINE, command_line, made_with, run_plan, workers_for
 from polopt.cli.options import Groups, Option, parse
 from polopt.cli.output import check_json_path, make_console, silence_libraries, write_json
 from polopt.core.errors import UsageError
@@ -116,7 +115,7 @@ def leaderboard_command(arguments: Sequence[str]) -> int:
     for name, plan in plans.items():
         console.print(f"{name} world: {_size(plan)}", style="dim", highlight=False)
         reports[name] = make_report(run_plan(plan, options, workers[name], console))
-    command = shlex.join(["polopt", "leaderboard", *arguments])
+    command = command_line("leaderboard", arguments)
     made = made_with(max(workers.values(), default=1))
     text = make_page(
         reports.get("small"),

@@ -165,4 +165,7 @@ def _settings(present: Mapping[str, Report], made: Mapping[str, Any]) -> str:
         ["", "budget of a run", "seeds", "learning rate", "runs", "rollouts in all", "time of all runs"], rows
     )
     facts = ", ".join(f"{name} {value}" for name, value in made.items())
-    return f"{table}\n\nMade with: {facts}. Time is the sum over runs, each with what threads it had."
+    return (
+        f"{table}\n\nMade with: {facts}. Time is the sum over runs, each with what threads it had; "
+        "it and the seconds per step depend on what else the machine was doing."
+    )

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from polopt.cli.compare import command_line
+
 Run = Callable[..., "Result"]  # type: ignore[name-defined]
 
 QUICK = ("--problem", "sparse-rewards", "--budget", "rollouts=128", "--seeds", 2, "--points", 2)
@@ -91,3 +93,8 @@ def test_a_quick_leaderboard(run: Run, tmp_path: Path) -> None:
     assert "polopt leaderboard --quick --methods rloo,gspo --world exact" in text
     assert run("leaderboard", "--world", "moon", "--out", "p.md").err.strip().endswith("choose from small, exact")
     assert "folder that exists" in run("leaderboard", "--out", "nowhere/page.md").err
+
+
+def test_a_page_shows_the_command_without_this_machine_s_places() -> None:
+    given = ["grpo", "--cache", "/somewhere", "--seeds", "3", "--out=there", "--json", "numbers.json"]
+    assert command_line("compare", given) == "polopt compare grpo --seeds 3"
