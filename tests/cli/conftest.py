@@ -29,8 +29,9 @@ class Result:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """`polopt ARGUMENTS` in the test's own folder."""
+    """`polopt ARGUMENTS` in the test's own folder, on a terminal wide enough that no cell of a table wraps."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "250")
 
     def call(*arguments: object) -> Result:
         code = main([str(argument) for argument in arguments])
