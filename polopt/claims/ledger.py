@@ -5,15 +5,14 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from polopt.claims.claim import Outcome
 from polopt.core.errors import UsageError
+from polopt.training.files import write_whole
 
 LEDGER: Final = Path("claims/ledger.jsonl")
 
@@ -82,17 +81,7 @@ def write_ledger(path: Path, entries: Sequence[dict[str, Any]]) -> None:
     rows += fresh.values()
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(path, text)
 
 
 def current_commit() -> str:

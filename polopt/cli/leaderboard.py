@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from polopt.cli.compare import MACHINE, command_line, made_with, run_plan, worke
 from polopt.cli.options import Groups, Option, parse
 from polopt.cli.output import check_json_path, make_console, silence_libraries, write_json
 from polopt.core.errors import UsageError
+from polopt.training.files import write_whole
 
 DESCRIPTION = """\
 Every method that learns from generated prompts, against a baseline, in the small and the exact world: one page.
@@ -124,7 +124,7 @@ def leaderboard_command(arguments: Sequence[str]) -> int:
         made=made,
         left_out=others if options["methods"] is None else {},
     )
-    _write(page, text)
+    write_whole(page, text)
     if options["json"] is not None:
         numbers: Mapping[str, Any] = {
             name: as_dict(report, command=command, made=made) for name, report in reports.items()
@@ -137,9 +137,3 @@ def leaderboard_command(arguments: Sequence[str]) -> int:
 def _size(plan: Any) -> str:
     runs = len(plan.contenders) * len(plan.worlds) * plan.seeds
     return f"{len(plan.contenders)} methods, {len(plan.worlds)} tasks, {plan.seeds} seeds: {runs} runs"
-
-
-def _write(page: Path, text: str) -> None:
-    temporary = page.with_name(f".{page.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(page)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from polopt.core.errors import UsageError
+from polopt.training.files import write_whole
 
 WIDTH = 120
 """Columns of tables where the output is no terminal."""
@@ -63,17 +63,7 @@ def write_json(value: Mapping[str, Any], path: str) -> None:
     if target.is_symlink() or (target.exists() and not target.is_file()):
         target.write_text(text, encoding="utf-8")
         return
-    handle, name = tempfile.mkstemp(dir=target.absolute().parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(target, text)
 
 
 def _plain(value: Any) -> Any:
