@@ -3,7 +3,7 @@
 GRPO with four changes: clip-higher (low 0.2, high 0.28); dynamic sampling (a group whose responses are all right or all
 wrong is dropped and the batch refilled); token mean, L = -(1/N) sum_i sum_t min(...) over the kept responses; a soft
 penalty for overlong responses. The paper averages within a prompt's group first; like verl and TRL this divides by the
-steps of the whole batch. Loss of a cut response is kept (`--filter` OverlongFilter masks it, the alternative).
+steps of the whole batch. Loss of a cut response is kept (`--filter overlong` masks it, the alternative).
 """
 
 from __future__ import annotations
