@@ -119,7 +119,7 @@ def demonstration_stream(seed: int, progress: list[float]) -> Iterator[tuple[str
     """Endless (prompt, completion) pairs; ``progress[0]`` in 0..1 decides the mixture of strategies."""
     rng = random.Random(f"demonstrations/{seed}")
     known = tasks()
-    streams = {name: example_stream(task, seed) for name, task in known.items()}
+    streams = {name: example_stream(known[name], seed) for name in TASK_SHARES}
     names, shares = list(TASK_SHARES), list(TASK_SHARES.values())
     while True:
         (name,) = rng.choices(names, weights=shares)
@@ -222,7 +222,8 @@ def held_out_report(
     report: dict[str, dict[str, Any]] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name, task in tasks().items():
+        for name in TASK_SHARES:
+            task = tasks()[name]
             examples = task.examples(count, seed=seed, split="test")
             scored: list[tuple[str, int, float]] = []
             for start in range(0, count, 256):

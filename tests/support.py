@@ -115,6 +115,8 @@ def make_column(name: str, layout: Layout, generator: torch.Generator) -> tuple[
             return "step", -0.05 - 2 * torch.rand(steps, generator=generator, dtype=torch.float64)
         case "value" | "return" | "step_reward":
             return "step", torch.randn(steps, generator=generator, dtype=torch.float64)
+        case "action":
+            return "step", torch.randint(3, (steps,), generator=generator)
         case "mask":
             mask = torch.ones(steps, dtype=torch.bool)
             mask[list(layout.masked)] = False
@@ -127,17 +129,50 @@ def make_column(name: str, layout: Layout, generator: torch.Generator) -> tuple[
             return "trajectory", (uniform > 0.5).double()
         case "limit":
             return "trajectory", torch.full((count,), max(layout.lengths) + 1)
+        case "baseline" | "score_norm":
+            return "trajectory", 0.1 + uniform
         case "truncated" | "label":
             return "trajectory", uniform > 0.6
+        case "turn":
+            return "step", torch.cat([torch.arange(length) // 2 for length in layout.lengths])
+        case "segment":
+            return "step", _forest(layout)[0 if name == "segment/start" else 1]
+        case "state":
+            return "trajectory", _forest(layout)[2]
+        case "hellinger":
+            return "step", torch.rand(steps, generator=generator, dtype=torch.float64)
+        case "max_entropy":
+            return "step", torch.full((steps,), 2.0, dtype=torch.float64)
         case "version" | "source":
             return "trajectory", torch.zeros(count, dtype=torch.int64)
         case _:
             return "step", 0.1 + torch.rand(steps, generator=generator, dtype=torch.float64)
 
 
+def _forest(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """A tree per group: node below which each step lies, node to which it leads, leaf of each trajectory.
+
+    The first half of a trajectory's trainable steps leads to one of two nodes below the root, which its group shares.
+    Every segment has a trainable step, so that what trailing masked steps hold is nothing new.
+    """
+    start, end, leaves = [], [], []
+    place = 0
+    for i, (length, group) in enumerate(zip(layout.lengths, layout.groups, strict=True)):
+        root, middle, leaf = group, 1000 + 2 * group + i % 2, 2000 + i
+        active = [place + t not in layout.masked for t in range(length)]
+        half = sum(active) // 2
+        for t in range(length):
+            first = min(sum(active[:t]), sum(active) - 1) < half
+            start.append(root if first or not half else middle)
+            end.append(middle if first else leaf)
+        leaves.append(leaf)
+        place += length
+    return torch.tensor(start), torch.tensor(end), torch.tensor(leaves)
+
+
 def needed(method: Method) -> frozenset[str]:
     """Every column that must exist before the method's reward part runs."""
-    return method.needs | declared(method.rollout, "gives")
+    return method.needs | declared(method.curriculum, "gives") | declared(method.rollout, "gives")
 
 
 def batch(method: Method, layout: Layout = MIXED, seed: int = 0, *, on_policy: bool = False) -> Rollout:

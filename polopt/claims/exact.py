@@ -25,10 +25,11 @@ from polopt.rollouts.groups import Groups
 from polopt.tasks.problems import Problem
 from polopt.training.budget import Budget
 from polopt.training.build import check_needs
-from polopt.training.collect import Collector
+from polopt.training.collect import Collector, provides
 from polopt.training.profile import Profiler
 from polopt.training.tracking import Trackers
 from polopt.training.trainer import Optimization, Trainer
+from polopt.training.update import evaluate_columns
 
 ADAM: Final = 0.1
 """Rate of Adam on logits in claims whose updates are on-policy."""
@@ -109,6 +110,15 @@ class Run:
         """Exact expected reward, mean over the prompts."""
         with torch.no_grad():
             return float(enumeration.expected_reward(self.policy, self.problem.reward).mean())
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """Exact expectation of each named reward, mean over the prompts."""
+        with torch.no_grad():
+            return {
+                name: float(enumeration.expected_reward(self.policy, table).mean())
+                for name, table in self.problem.rewards.items()
+            }
 
     @property
     def entropy(self) -> float:
@@ -193,22 +203,23 @@ def largest_fall(values: Sequence[float]) -> float:
 def batch(problem: Problem, policy: ExactPolicy, *, seed: int, sizes: Sequence[int]) -> Rollout:
     """A scored rollout with one group of each size for every problem."""
     requests = [Request(example, size) for example in problem.examples() for size in sizes]
-    rollout = Groups()(policy, requests, limit=problem.space.length, seed=seed)
+    return scored(problem, Groups()(policy, requests, limit=problem.space.length, seed=seed))
+
+
+def scored(problem: Problem, rollout: Rollout) -> Rollout:
+    """A rollout of an exact policy with ``reward`` and ``score`` by the problem's table."""
     payload: Any = rollout.payload
-    table = problem.reward
     last = rollout.lengths.cumsum(0) - 1
     sequence = problem.space.sequence_of(payload.nodes[last], payload.ids[last])
-    reward = table[payload.problem, sequence]
-    return rollout.with_columns(trajectory={"reward": reward, "score": reward.clone()})
+    reward = problem.reward[payload.problem, sequence]
+    named = {f"reward/{name}": table[payload.problem, sequence] for name, table in problem.rewards.items()}
+    return rollout.with_columns(trajectory={**named, "reward": reward, "score": reward.clone()})
 
 
 def credited(method: Method, policy: ExactPolicy, rollout: Rollout) -> Rollout:
     """Through the method's reward and credit parts; columns they need are evaluated."""
-    missing = frozenset(name for name in method.needs if name not in rollout and name in policy.columns)
-    if missing:
-        with torch.no_grad():
-            found = policy.evaluate(rollout, missing)
-        rollout = rollout.with_columns(step=dict(found.columns))
+    missing = frozenset(name for name in method.needs if name not in rollout and provides(policy, name))
+    rollout = evaluate_columns(policy, rollout, missing, BUDGET, Profiler(enabled=False))
     return method.credit(method.shape_reward(rollout))
 
 

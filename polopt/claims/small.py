@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from polopt.core.example import Example
+from polopt.core.rollout import Rollout
 from polopt.training.budget import Budget
 from polopt.training.build import resolve
 from polopt.training.config import RunConfig
 from polopt.training.progress import RunProgress
 from polopt.training.run import make_trainer
 from polopt.training.tracking import Trackers
+from polopt.training.trainer import Trainer
 
 
 def statistics(
@@ -78,6 +82,52 @@ def statistics(
                 if until(rows):
                     break
     return rows
+
+
+def trained(
+    method: str,
+    *,
+    seed: int,
+    quick: bool,
+    steps: int,
+    level: tuple[int, ...] = (),
+    slots: Mapping[str, Any] | None = None,
+    prepare: Callable[[Example], Example] = lambda example: example,
+) -> Trainer:
+    """The trainer of a default run of 16 x 8 at its end, on the given levels.
+
+    ``prepare`` is applied to every training example; ``slots`` are whole parts in the place of the method's. ``quick``
+    makes two iterations of a few answers.
+    """
+    config = RunConfig(
+        method=method,
+        seed=seed,
+        steps=2 if quick else steps,
+        prompts=2 if quick else 16,
+        group=2 if quick else 8,
+        level=level,
+        eval_prompts=1,
+        track=("none",),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        settled = resolve(config)
+        with RunProgress(Budget(settled.steps), quiet=True, console=Console(quiet=True)) as bar:
+            trainer = make_trainer(settled, Path(folder), bar)
+            trainer.method = trainer.method | (slots or {})
+            trainer.trackers = Trackers({})
+            trainer.eval_every = trainer.save_every = None
+            pool = [prepare(example) for example in trainer.collect.pool]
+            trainer.collect = replace(trainer.collect, pool=pool)
+            for _ in range(settled.steps or 0):
+                trainer.step()
+    return trainer
+
+
+def answers(trainer: Trainer, examples: Sequence[Example]) -> Rollout:
+    """One scored answer of the trained policy to each example."""
+    assert trainer.evaluator is not None
+    _, rollout = replace(trainer.evaluator, examples=examples)(trainer.policy)
+    return rollout
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:

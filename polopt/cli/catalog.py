@@ -60,6 +60,7 @@ def summary(method: Method) -> dict[str, Any]:
         "family": method.family,
         "seed": method.seed,
         "paper": method.paper,
+        "task": method.task,
         "slots": {slot: described(value) for slot, value in method.slots().items()},
         "needs": sorted(method.needs),
         "evaluates": sorted(method.evaluates),
@@ -116,6 +117,7 @@ def show_command(arguments: Sequence[str]) -> int:
         "needs": ", ".join(sorted(method.needs)),
         "evaluates": ", ".join(sorted(method.evaluates)),
         "unit": method.unit,
+        "task": method.task or "any",
     }
     for label, text in facts.items():
         console.print(f"[bold]{label:<12}[/bold]{escape(text or 'nothing')}", highlight=False, soft_wrap=True)

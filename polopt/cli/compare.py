@@ -40,7 +40,7 @@ given outside the quotes hold for every contender.
 
 CONTENDERS = Option("contenders", tuple[str, ...], (), "Methods, with or without replaced slots.", "METHOD")
 WHERE = (
-    Option("task", tuple[str, ...], (), "Generated task; 'arithmetic' when there is nothing else.", "NAME"),
+    Option("task", tuple[str, ...], (), "Generated task; else the one that the methods name, or 'arithmetic'.", "NAME"),
     Option(
         "problem",
         tuple[str, ...],
@@ -183,7 +183,7 @@ def make_plan(given: Given, options: Mapping[str, Any], slots: Mapping[str, str]
     from polopt.compare.plan import Plan, make_worlds, parse_budget, parse_contender
 
     contenders = tuple(parse_contender(text, slots) for text in given.positional or ())
-    worlds = make_worlds(options["task"], options["problem"], options["data"])
+    worlds = make_worlds(options["task"], options["problem"], options["data"], contenders)
     exact = worlds[0].exact
     if options["budget"] is None and not exact and options["model"] is not None:
         raise UsageError("a model of your own needs a budget: --budget rollouts=20000, tokens=1e6 or seconds=600")

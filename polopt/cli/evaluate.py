@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from polopt.cli.options import Groups, Option, parse, run_options
+from polopt.cli.options import Groups as OptionGroups
+from polopt.cli.options import Option, parse, run_options
 from polopt.cli.output import check_json_path, make_console, silence_libraries, write_json
 from polopt.training.config import RunConfig, make_config
 
@@ -25,6 +26,7 @@ SAMPLING = (
     Option("temperature", float, 1.0, "Divides the logits; 0 is greedy.", "X"),
     Option("top_p", float, 1.0, "Smallest set of tokens with this probability.", "X"),
     Option("max_new_tokens", int | None, None, "Longest completion; that of the task, or 256, when left out.", "N"),
+    Option("environment", str | None, None, "What answers the policy: calculator, or file.py:function.", "NAME"),
 )
 OUTPUT = (
     Option("json", str | None, None, "Write the metrics to this file.", "FILE"),
@@ -32,7 +34,7 @@ OUTPUT = (
 )
 
 
-def groups() -> Groups:
+def groups() -> OptionGroups:
     """Every option by the title under which the help shows it."""
     known = run_options()
     samples = (
@@ -81,8 +83,9 @@ def evaluate(
     """Name of the problem, and metrics by name without their prefix. The prompts are those that training holds out."""
     import torch
 
-    from polopt.core.policy import Sampling
     from polopt.rewards.scoring import Scorer
+    from polopt.rollouts.groups import Groups
+    from polopt.rollouts.turns import Turns
     from polopt.training.build import make_held_out, make_policy
     from polopt.training.evaluation import Evaluator
     from polopt.training.metrics_names import EVAL
@@ -90,10 +93,10 @@ def evaluate(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     problem = make_held_out(config)
-    options = Sampling(**{"max_new_tokens": problem.limit, **sampling})
-    policy = make_policy(config, options.max_new_tokens or problem.limit)
+    draw = Turns(**sampling) if sampling.get("environment") else Groups(**sampling)
+    policy = make_policy(config, draw.max_new_tokens or problem.limit)
     scorer = Scorer(problem.rewards, config.on_reward_error, config.reward_timeout)
-    evaluator = Evaluator(problem.held_out, scorer, options, config.eval_samples, config.seed)
+    evaluator = Evaluator(problem.held_out, scorer, draw, problem.limit, config.eval_samples, config.seed)
     metrics, _ = evaluator(policy, progress=lambda done, total: tell(f"sampling {done}/{total}"))
     return problem.name, {name.removeprefix(EVAL): value for name, value in metrics.items()}
 

@@ -19,7 +19,7 @@ from polopt.methods import get_method
 from polopt.tasks.problems import options_of, problem
 from polopt.tasks.registry import get_task
 from polopt.training.budget import UNITS, Unit
-from polopt.training.build import DEFAULT_TASK, resolve
+from polopt.training.build import default_task, resolve
 from polopt.training.config import RunConfig, make_config, slot_key
 
 EXACT_LR: Final = 0.03
@@ -270,8 +270,10 @@ class Plan:
         }
 
 
-def make_worlds(tasks: Sequence[str], problems: Sequence[str], data: str | None) -> tuple[World, ...]:
-    """The worlds that the names mean; the default task when there is none.
+def make_worlds(
+    tasks: Sequence[str], problems: Sequence[str], data: str | None, contenders: Sequence[Contender] = ()
+) -> tuple[World, ...]:
+    """The worlds that the names mean; when there is none, the one task that is the contenders' default together.
 
     Raises UsageError for unknown ones, or tasks, problems and data together.
     """
@@ -283,7 +285,8 @@ def make_worlds(tasks: Sequence[str], problems: Sequence[str], data: str | None)
         return tuple(map(parse_problem, problems))
     for name in tasks:
         get_task(name)
-    return tuple(World(name, task=name) for name in tasks or (DEFAULT_TASK,))
+    methods = (contender.method() for contender in contenders)
+    return tuple(World(name, task=name) for name in tasks or (default_task(*methods),))
 
 
 def plain(value: Any) -> Any:

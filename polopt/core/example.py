@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 Message = Mapping[str, str]
@@ -31,3 +31,13 @@ class Example:
     rejected: Text | None = None
     label: bool | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+def plain(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Examples as dicts of their fields, which a checkpoint can hold where it can hold their ``columns``."""
+    return [{f.name: getattr(example, f.name) for f in fields(Example)} for example in examples]
+
+
+def from_plain(rows: Sequence[Mapping[str, Any]]) -> tuple[Example, ...]:
+    """The examples that `plain` wrote."""
+    return tuple(Example(**row) for row in rows)

@@ -35,7 +35,9 @@ class Schedule:
 class Method:
     """The parts of one paper, a slot each. ``method | {"advantage": part}`` replaces slots.
 
-    ``doc`` is the docstring of the method's file: its first line is the citation, the rest its equations.
+    ``doc`` is the docstring of the method's file: its first line is the citation, the rest its equations. ``task`` is
+    the generated task of the small world that shows what the method is for: the one that a run takes where it is given
+    neither a task nor data. None stands for the default task, which any method can learn.
     """
 
     slug: str
@@ -43,6 +45,7 @@ class Method:
     seed: str
     paper: str
     doc: str
+    task: str | None = None
     curriculum: Any = None
     rollout: Any = None
     reward: Any = None
@@ -95,6 +98,12 @@ class Method:
     def evaluates(self) -> frozenset[str]:
         """Functionals of the current policy that the loss reads."""
         return frozenset({"logp"}) | declared(self.objective, "evaluates") | declared(self.regularizer, "evaluates")
+
+    @property
+    def models_in_use(self) -> dict[str, Any]:
+        """The models of which some part reads a functional, a column ``<functional>/<model>``."""
+        named = {column.partition("/")[2] for column in self.needs | self.evaluates}
+        return {name: model for name, model in self.models.items() if name in named}
 
     @property
     def unit(self) -> Unit:

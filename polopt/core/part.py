@@ -6,12 +6,12 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, ClassVar, Literal, Self, TypeVar, cast, get_args
+from typing import Any, ClassVar, Final, Literal, Self, TypeVar, cast, get_args
 
 import torch
 
 from polopt.core.errors import UsageError
-from polopt.core.rollout import Unit
+from polopt.core.rollout import Rollout, Unit
 
 Slot = Literal[
     "curriculum",
@@ -30,6 +30,9 @@ Slot = Literal[
 ]
 SLOTS: tuple[Slot, ...] = get_args(Slot)
 
+Evaluate = Callable[[Rollout, frozenset[str]], Rollout]
+"""What `observe` is given: the rollout with these columns of the present policy."""
+
 _NAMED: dict[Slot, dict[str, Callable[[], Any]]] = {slot: {} for slot in SLOTS}
 
 
@@ -44,6 +47,11 @@ class Part:
     - ``vanishes_with``: a step column; where it is zero on a whole trajectory (on a whole group, for a unit of groups)
       the part's gradient is zero there, and the update may leave it out.
     - ``state``: names of attributes that change while training; saved in checkpoints, checked by name on load.
+
+    A part with a method ``observe(rollout, evaluate)`` learns from every iteration. It is called after the updates with
+    everything that was drawn, filtered or not, as the reward parts left it. ``evaluate(rollout, names)`` gives a
+    rollout with these step functionals (``logp``, ``entropy``, ...) of the present policy, without gradient and within
+    the token budget, in the place of columns of that name; any rollout will do, one from the part's state too.
     """
 
     slot: ClassVar[Slot]
@@ -66,8 +74,8 @@ class Part:
         return Then((*flatten(self), *flatten(other)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The declared state: tensors, numbers, strings and nested dicts or lists of them."""
-        return {name: getattr(self, name) for name in self.state}
+        """The declared state: rollouts, tensors, numbers, strings, and nested dicts or lists of all but rollouts."""
+        return {name: _saved(getattr(self, name)) for name in self.state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the declared state.
@@ -80,7 +88,18 @@ class Part:
                 f"{sorted(self.state)}"
             )
         for name in self.state:
-            object.__setattr__(self, name, copy.deepcopy(state[name]))
+            object.__setattr__(self, name, _restored(copy.deepcopy(state[name])))
+
+
+_ROLLOUT: Final = "a saved rollout"
+
+
+def _saved(value: Any) -> Any:
+    return {_ROLLOUT: value.state_dict()} if isinstance(value, Rollout) else value
+
+
+def _restored(value: Any) -> Any:
+    return Rollout.from_state(value[_ROLLOUT]) if isinstance(value, Mapping) and set(value) == {_ROLLOUT} else value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from torch.nn import Parameter
 
@@ -18,11 +18,19 @@ from polopt.core.rollout import Rollout
 
 @dataclass(frozen=True)
 class Request:
-    """``count`` trajectories for one example; ``prompt`` replaces the example's where a method conditions on more."""
+    """``count`` trajectories for one example; ``prompt`` replaces the example's where a method conditions on more.
+
+    ``prefix`` are actions (token ids) that are taken already: the policy goes on after prompt and prefix. ``limit``
+    bounds the steps of this request's trajectories, below the bound that all have. ``columns`` are values that the
+    curriculum attaches: trajectory columns of the rollout, the same names in all requests of a batch.
+    """
 
     example: Example
     count: int
     prompt: Text | None = None
+    prefix: tuple[int, ...] = ()
+    limit: int | None = None
+    columns: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,32 @@ class Sampling:
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
+OF_MODELS: Final = ("logp", "hellinger", "kl")
+"""Functionals ``<functional>/<model>`` of the policy pi and an added model or view m, per step and without gradient.
+
+``logp``: log m(a_t). ``hellinger``: 1 - sum_v sqrt(pi(v) m(v)), in [0, 1]. ``kl``: KL(pi || m) in nats. The last two
+are sums over all actions and cost one pass through each of the two.
+"""
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """How a view of the policy spoils what it sees: each token of the observation becomes ``blank`` with
+    ``probability``, independently.
+
+    Which ones is a function of ``seed``, the policy's version, and the prompt and completion of the trajectory alone.
+    Raises UsageError for a probability outside [0, 1].
+    """
+
+    probability: float = 0.5
+    blank: str = " "
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability <= 1:
+            raise UsageError(f"a token is blanked with a probability in [0, 1], got {self.probability}")
+
+
 class Policy(Protocol):
     """A policy that can be sampled from, evaluated with gradient, and saved."""
 
@@ -79,8 +113,13 @@ class Policy(Protocol):
         ...
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Actions that end a trajectory."""
+        ...
+
+    @property
     def columns(self) -> frozenset[str]:
-        """Names that `evaluate` can compute (``logp/*``: under any added model)."""
+        """Names that `evaluate` can compute now (``logp/*``: under any model)."""
         ...
 
     def sample(
@@ -91,10 +130,24 @@ class Policy(Protocol):
         seed: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> Rollout:
-        """One group of trajectories per request, with ``logp``, ``entropy``, ``truncated``, ``version``, ``source``.
+        """One group of trajectories per request, with ``action``, ``logp``, ``entropy``, ``truncated``, ``version`` and
+        ``source``.
 
-        A trajectory is a function of the weights, its prompt, ``seed`` and its place in the requests alone.
+        Steps are those after the request's prefix; texts are whole. A trajectory is a function of the weights, its
+        prompt, ``seed`` and its place in the requests alone.
         """
+        ...
+
+    def write(self, requests: Sequence[Request], texts: Sequence[str]) -> Rollout:
+        """One trajectory per request whose steps are given, not sampled: the actions that spell the text.
+
+        With ``action``, ``truncated`` (no), ``version`` and ``source`` (dataset), and no log-probs: what an environment
+        said, a demonstration, an answer of a preference pair. Raises UsageError for a text of no action.
+        """
+        ...
+
+    def room(self, rollout: Rollout) -> list[int]:
+        """Steps that each trajectory may still take before the policy's context or space ends."""
         ...
 
     def evaluate(self, rollout: Rollout, names: frozenset[str]) -> Evaluation:
@@ -106,7 +159,14 @@ class Policy(Protocol):
         ...
 
     def add_model(self, name: str) -> None:
-        """Freeze the present weights as the model ``name``, whose log-probs are ``logp/<name>``."""
+        """Freeze the present weights as the model ``name``; `evaluate` then knows its functionals (`OF_MODELS`)."""
+        ...
+
+    def add_view(self, name: str, corruption: Corruption) -> None:
+        """Let ``name`` stand for the present weights under a corrupted prompt, with the functionals of a model.
+
+        A view is a setting, not weights: it follows every update.
+        """
         ...
 
     def add_critic(self) -> None:
@@ -118,7 +178,7 @@ class Policy(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training changes, added models included."""
+        """Everything that training changes, added models included, and the settings of views."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

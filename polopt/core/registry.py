@@ -18,11 +18,19 @@ REQUIRED: frozenset[Slot] = frozenset(
 """Slots that a training run cannot do without; the others may be empty."""
 
 
-def method(slug: str, base: Method | None = None, *, seed: str = "", paper: str = "", **slots: Any) -> Method:
+def method(
+    slug: str,
+    base: Method | None = None,
+    *,
+    seed: str = "",
+    paper: str = "",
+    task: str | None = None,
+    **slots: Any,
+) -> Method:
     """Register the method of the calling file: the parts of ``base`` with some slots replaced.
 
-    The file's docstring becomes the method's ``doc``, its folder the family. Raises ValueError when the file is not
-    named after the slug, UsageError for an unknown slot.
+    The file's docstring becomes the method's ``doc``, its folder the family; ``task`` is that of ``base`` where it is
+    left out. Raises ValueError when the file is not named after the slug, UsageError for an unknown slot.
     """
     caller = sys._getframe(1).f_globals
     module = str(caller["__name__"])
@@ -39,6 +47,7 @@ def method(slug: str, base: Method | None = None, *, seed: str = "", paper: str 
         seed=seed,
         paper=paper,
         doc=str(caller.get("__doc__") or ""),
+        task=base.task if task is None and base is not None else task,
         **{**inherited, **slots},
     )
     if slug in _METHODS and _METHODS[slug].doc != made.doc:

@@ -8,17 +8,19 @@ are compared with each other and may have any size and order. Columns are named 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
-from typing import Any, Literal, Protocol, Self, cast
+from typing import Any, Literal, Protocol, Self, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from polopt.core import segments
+from polopt.core.errors import UsageError
+from polopt.core.example import Example
 
 Level = Literal["step", "trajectory", "group"]
 LEVELS: tuple[Level, ...] = ("step", "trajectory", "group")
@@ -32,6 +34,8 @@ class Source(IntEnum):
     DEMONSTRATION = 2
     RESET = 3
     REPLAY = 4
+    PROBE = 5
+    """A continuation that measures the value of a prefix; it does not train."""
 
 
 class Payload(Protocol):
@@ -44,6 +48,44 @@ class Payload(Protocol):
     def concat(self, others: Sequence[Self]) -> Self:
         """This payload followed by the others."""
         ...
+
+    def join(self, later: Self) -> Self:
+        """Each trajectory continued by the one of ``later`` in the same place."""
+        ...
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """What each trajectory answers."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, strings, and dicts, lists and tuples of them: what `from_state` makes an equal one of."""
+        ...
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """The payload that was saved."""
+        ...
+
+
+_KINDS: dict[str, type[Any]] = {}
+PayloadClass = TypeVar("PayloadClass", bound=type[Any])
+
+
+def payload_kind(kind: str) -> Callable[[PayloadClass], PayloadClass]:
+    """Class decorator: the short name under which rollouts with payloads of this class are saved.
+
+    Whoever defines a payload registers it, so that reading a saved rollout imports nothing. Raises ValueError for a
+    name that is taken.
+    """
+
+    def register(cls: PayloadClass) -> PayloadClass:
+        if kind in _KINDS:
+            raise ValueError(f"two kinds of payload are called {kind!r}")
+        _KINDS[kind] = cls
+        return cls
+
+    return register
 
 
 class MissingColumn(KeyError):
@@ -74,9 +116,10 @@ class Rollout:
     Fixed names. Step level: ``logp`` (log-prob of the chosen action under the full distribution of the policy that
     sampled it), ``logp/sampled`` (under the truncated distribution it was drawn from, where that differs), ``mask``
     (the policy chose this step and it may train), ``value``, ``entropy``, ``advantage``, ``weight``, ``step_reward``,
-    ``logp/<model>``. Trajectory level: ``reward`` (NaN: could not be computed), ``reward/<name>``, ``score`` (the
-    task's reward before a method shapes it), ``source``, ``version`` (of the weights that sampled it),
-    ``truncated`` (cut by a length limit), ``limit`` (the budget of steps it had).
+    ``logp/<model>``, ``action`` (id of the choice), ``turn`` (answers of an environment before it). Trajectory level:
+    ``reward`` (NaN: could not be computed), ``reward/<name>``, ``score`` (the task's reward before a method shapes it),
+    ``source``, ``version`` (of the weights that sampled it), ``truncated`` (cut by a length limit), ``limit`` (the
+    budget of steps it had).
     """
 
     lengths: Int[Tensor, " trajectory"]
@@ -231,6 +274,13 @@ class Rollout:
     def device(self) -> torch.device:
         """Where the columns live."""
         return self.lengths.device
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """What each trajectory answers: the key, by its ``id``, of what a part remembers per prompt."""
+        if self.payload is None:
+            raise ValueError("the rollout has no payload, so that nobody knows which examples it answers")
+        return self.payload.examples
 
     # --- columns ------------------------------------------------------------------------------------------------
 
@@ -437,6 +487,47 @@ class Rollout:
             payload,
         )
 
+    def join(self, later: Self) -> Self:
+        """Each trajectory continued by the trajectory of ``later`` in the same place; groups stay as they are.
+
+        Both must have the same step columns. Of trajectory columns that both have, the later value holds: it says how
+        the whole trajectory ended.
+        """
+        if self.n_trajectories != later.n_trajectories:
+            raise ValueError(f"cannot join {self.n_trajectories} trajectories with {later.n_trajectories}")
+        mine, other = self.columns.get("step", {}), later.columns.get("step", {})
+        if odd := set(mine) ^ set(other):
+            raise ValueError(f"cannot join rollouts: only one of them has the step column {min(odd)!r}")
+        # A stable sort by trajectory puts the later steps of each behind its earlier ones.
+        order = torch.cat([self.trajectory, later.trajectory]).argsort(stable=True)
+        columns: dict[Level, Mapping[str, Tensor]] = {
+            **self.columns,
+            "step": {name: torch.cat([mine[name], other[name]])[order] for name in mine},
+            "trajectory": {**self.columns.get("trajectory", {}), **later.columns.get("trajectory", {})},
+        }
+        payload = None
+        if self.payload is not None and later.payload is not None:
+            payload = self.payload.join(later.payload)
+        return dataclasses.replace(
+            self, lengths=self.lengths + later.lengths, columns=columns, payload=payload, batch_counts=None
+        )
+
+    def replaced(self, trajectories: Int[Tensor, " replaced"], others: Self) -> Self:
+        """The rollout with ``others[j]`` in the place of trajectory ``trajectories[j]``, in its group.
+
+        Both must have the same columns.
+        """
+        place = torch.arange(self.n_trajectories, device=self.device)
+        place[trajectories] = self.n_trajectories + torch.arange(len(trajectories), device=self.device)
+        both = type(self).concat([self, others])
+        # Groups are those of the places, not those that concat keeps apart.
+        regrouped = dataclasses.replace(
+            both,
+            group=torch.cat([self.group, self.group[trajectories]]),
+            columns={**both.columns, "group": self.columns.get("group", {})},
+        )
+        return regrouped.select(place)
+
     def piece(self, trajectories: Int[Tensor, " kept"] | Bool[Tensor, " trajectory"]) -> Self:
         """`select` for a micro-batch: the normalisers stay those of the whole batch."""
         return dataclasses.replace(self.select(trajectories), batch_counts=self.counts)
@@ -481,6 +572,43 @@ class Rollout:
             group=self.group.to(device),
             columns={level: {n: v.to(device) for n, v in values.items()} for level, values in self.columns.items()},
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint can hold, for `from_state`: tensors, and the payload as plain values under its kind.
+
+        Raises TypeError for a payload whose class has no `payload_kind`.
+        """
+        payload = None
+        if self.payload is not None:
+            kinds = [kind for kind, cls in _KINDS.items() if cls is type(self.payload)]
+            if not kinds:
+                raise TypeError(f"{type(self.payload).__name__} is no registered kind of payload; see `payload_kind`")
+            payload = {"kind": kinds[0], **self.payload.state_dict()}
+        return {
+            "lengths": self.lengths,
+            "group": self.group,
+            "columns": {level: dict(values) for level, values in self.columns.items()},
+            "payload": payload,
+            "counts": None if self.batch_counts is None else dataclasses.asdict(self.batch_counts),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """The rollout that was saved, bit for bit, on the device of the saved tensors (the CPU, from a checkpoint).
+
+        Raises UsageError for a kind of payload that no imported policy has.
+        """
+        payload = None
+        if state["payload"] is not None:
+            kind = state["payload"]["kind"]
+            if kind not in _KINDS:
+                raise UsageError(
+                    f"the saved rollout has a payload of kind {kind!r}; the kinds known here are "
+                    f"{', '.join(sorted(_KINDS))}"
+                )
+            payload = _KINDS[kind].from_state(state["payload"])
+        counts = None if state["counts"] is None else Counts(**state["counts"])
+        return cls(state["lengths"], state["group"], state["columns"], payload, counts)
 
 
 def _numbered(labels: Int[Tensor, " trajectory"]) -> Int[Tensor, " trajectory"]:

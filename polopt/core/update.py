@@ -21,12 +21,28 @@ class Step(Protocol):
         """Whether the last `gradient` had a finite loss and nothing was rejected."""
         ...
 
-    def gradient(self) -> dict[str, float]:
-        """Put the gradient of the whole batch's loss into ``.grad`` (replacing what was there); returns its metrics."""
+    @property
+    def chunk_square_norms(self) -> Sequence[float]:
+        """||g_m||^2 of each chunk of the last `gradient`, scaled so that the mean of the g_m is the batch's gradient.
+
+        Empty where there was a single chunk.
+        """
         ...
 
-    def apply(self) -> None:
-        """Let the optimizer step along ``.grad``; the policy's version rises by one."""
+    def gradient(self, chunks: int = 1) -> dict[str, float]:
+        """Put the gradient of the whole batch's loss into ``.grad`` (replacing what was there); returns its metrics.
+
+        ``chunks`` above 1 also measures the gradients of that many parts of the batch, of whole groups (of whole
+        trajectories where the batch is one group), as equal in number as can be and never more than there are. The
+        gradient is the same, up to rounding, for one more buffer of its size.
+        """
+        ...
+
+    def apply(self, scale: float = 1.0) -> None:
+        """Let the optimizer step along ``.grad``; the policy's version rises by one.
+
+        ``scale`` multiplies the learning rate of this one step.
+        """
         ...
 
     def reject(self, reason: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +14,7 @@ from torch import Tensor
 from polopt.core.errors import UsageError
 from polopt.core.loss import Evaluation
 from polopt.core.method import Method
-from polopt.core.part import flatten, settings
+from polopt.core.part import declared, flatten, settings
 from polopt.core.rollout import Counts, MissingColumn, Rollout
 from polopt.diagnosis.draws import Draws
 from polopt.policies.exact import ExactPolicy, SequencePayload
@@ -21,12 +22,14 @@ from polopt.tasks.problems import Problem
 
 CHANCE = "diagnosis/chance"
 NUMBER = "diagnosis/number"
-_SAMPLED = frozenset({"logp", "entropy", "mask", "truncated", "version", "source", "limit", "reward", "score", "value"})
+_SAMPLED = frozenset(
+    {"action", "logp", "entropy", "mask", "truncated", "version", "source", "limit", "reward", "score", "value"}
+)
 
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """A method and a problem. Every model that the method owns is the problem's reference policy.
+    """A method and a problem. Every frozen model that the method owns is the problem's reference policy.
 
     Raises UsageError when a part needs a column, or the loss a functional, that the exact world does not have.
     """
@@ -35,10 +38,10 @@ class World:
     problem: Problem
 
     def __post_init__(self) -> None:
-        models = {f"logp/{name}" for name in self.method.models}
         named = {f"reward/{name}" for name in self.problem.rewards}
-        self.method.check(_SAMPLED | models | named)
-        known = self.problem.policy().columns | models | {"value"}
+        known = self.policy().columns | {"value"}
+        # Groups are enumerated here, whatever the method's rollout part does: what that adds is not there.
+        (self.method | {"rollout": None}).check(_SAMPLED | known | named | {"turn"})
         for name in sorted(self.method.evaluates - known):
             raise UsageError(
                 f"method {self.method.slug!r} evaluates {name!r}, which a policy of the exact world cannot compute "
@@ -58,8 +61,10 @@ class World:
         return self.method.clone() if self.method.state_dict() else self.method
 
     def _with_models(self, policy: ExactPolicy) -> ExactPolicy:
-        for name in self.method.models:
-            policy.add_model(name, self.problem.reference)
+        for name, model in self.method.models.items():
+            model.install(policy, name)
+            if name in policy.models:
+                policy.add_model(name, self.problem.reference)
         return policy
 
     def beta(self) -> float:
@@ -93,19 +98,37 @@ class World:
         rewards = {f"reward/{n}": table[draws.problem, draws.sequence] for n, table in self.problem.rewards.items()}
         total = self.problem.reward[draws.problem, draws.sequence]
         return made.with_columns(
-            step={name: self._model(behaviour, made, name) for name in self._model_columns()},
+            step={
+                **{name: self._model(behaviour, made, name) for name in self._model_columns()},
+                # No environment answers here: a trajectory is one turn.
+                "turn": torch.zeros_like(made.trajectory),
+            },
             trajectory={
                 **rewards,
                 "reward": total,
                 "score": total.clone(),
                 "limit": torch.full_like(made.lengths, self.problem.space.length),
+                **{name: values[draws.problem] for name, values in self._attached.items()},
                 NUMBER: torch.arange(made.n_trajectories),
             },
             group={CHANCE: draws.chance},
         )
 
+    @cached_property
+    def _attached(self) -> dict[str, Tensor]:
+        """What the method's curriculum attaches to each problem before it has seen anything, [B] by name."""
+        names = declared(self.method.curriculum, "gives")
+        if not names:
+            return {}
+        generator = torch.Generator().manual_seed(0)
+        asked = [
+            self._fresh().curriculum([example], prompts=1, group=1, generator=generator)[0].columns
+            for example in self.problem.examples()
+        ]
+        return {name: torch.tensor([own[name] for own in asked], dtype=torch.float64) for name in sorted(names)}
+
     def _model_columns(self) -> list[str]:
-        return [f"logp/{name}" for name in self.method.models if f"logp/{name}" in self.method.needs]
+        return sorted((self.method.needs - _SAMPLED) & self.policy().columns)
 
     @torch.no_grad()
     def _model(self, policy: ExactPolicy, rollout: Rollout, name: str) -> Tensor:

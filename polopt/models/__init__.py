@@ -1,10 +1,11 @@
-"""Frozen models that a method owns besides its policy, and when they are refreshed."""
+"""Models that a method owns besides its policy: how each is installed in the policy, and when it is refreshed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from polopt.core.part import Part, part
+from polopt.core.policy import Policy
 
 
 @part("models", "snapshot")
@@ -13,6 +14,10 @@ class Snapshot(Part):
     """The policy's weights at the start of the run, taken anew every ``every`` iterations where that is set."""
 
     every: int | None = None
+
+    def install(self, policy: Policy, name: str) -> None:
+        """Freeze the present weights as the model ``name``."""
+        policy.add_model(name)
 
     def due(self, iteration: int) -> bool:
         """Whether the model is replaced by the present policy before this iteration (the first is 0)."""

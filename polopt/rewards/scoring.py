@@ -54,6 +54,8 @@ def transcripts(rollout: Rollout) -> list[Transcript]:
 class Scorer:
     """Adds ``reward/<name>``, ``score`` and ``reward`` (the weighted total) to a rollout, and masks what has no reward.
 
+    A weight other than 1 stands in ``reward_weight/<name>``, for parts that combine the rewards in their own way.
+
     A trajectory whose total is NaN (a reward failed under ``on_error="skip"``, or none applies) has every step masked:
     no part trains on it.
     """
@@ -70,6 +72,9 @@ class Scorer:
         scores = score(transcripts(rollout), self.rewards, on_error=self.on_error, timeout=self.timeout)
         total = scores.total.to(rollout.device)
         columns = {f"reward/{name}": value.to(rollout.device) for name, value in scores.rewards.items()}
+        for reward in self.rewards:
+            if reward.weight != 1.0:
+                columns[f"reward_weight/{reward.name}"] = torch.full_like(total, reward.weight)
         scored = rollout.with_columns(
             trajectory={**columns, "score": total, "reward": total.clone()},
             step={"mask": rollout.mask & ~rollout.spread(torch.isnan(total))},

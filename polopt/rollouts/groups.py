@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from polopt.core.errors import UsageError
 from polopt.core.part import Part, part
 from polopt.core.policy import Policy, Request, Sampling
 from polopt.core.rollout import Rollout
@@ -17,7 +19,8 @@ from polopt.core.rollout import Rollout
 class Groups(Sampling, Part):
     """``count`` independent samples of the policy for each request; the options are those of `Sampling`.
 
-    Adds the trajectory column ``limit``, the completion budget. Raises UsageError for an option out of range.
+    Adds the trajectory column ``limit``, the completion budget, and those that the requests carry. Raises UsageError
+    for an option out of range, and for requests that carry different columns.
     """
 
     gives = frozenset({"limit"})
@@ -42,4 +45,18 @@ class Groups(Sampling, Part):
         )
         rollout = policy.sample(requests, sampling, seed=seed, progress=progress)
         budget = torch.full((rollout.n_trajectories,), sampling.max_new_tokens or limit, device=rollout.device)
-        return rollout.with_columns(trajectory={"limit": budget})
+        return rollout.with_columns(trajectory={"limit": budget, **_requested(requests, rollout)})
+
+
+def _requested(requests: Sequence[Request], rollout: Rollout) -> dict[str, Tensor]:
+    """The requests' columns, [M], in the precision of the log-probs."""
+    asked = [request for request in requests if request.count]
+    names = set(asked[0].columns)
+    for request in asked:
+        if odd := sorted(names ^ set(request.columns)):
+            raise UsageError(
+                f"requests of one batch must carry the same columns: of examples {asked[0].example.id!r} and "
+                f"{request.example.id!r} only one has {odd[0]!r}"
+            )
+    table = {name: rollout.logp.new_tensor([request.columns[name] for request in asked]) for name in sorted(names)}
+    return {name: values[rollout.group] for name, values in table.items()}

@@ -25,10 +25,10 @@ _TRACED = re.compile(r"[0-9]{2}([UDLR][0-9]{2})+#[^0-9]*")
 class Grid:
     """Level = side of the square grid. ``S`` start, ``G`` goal, ``x`` wall, ``.`` free; moves ``U D L R``.
 
-    Steps are the start cell and then each move with the cell it leads to (row and column from 0). The reference is a
-    shortest path, but any path without leaving the grid or entering a wall that ends on the goal is right, up to 100
-    moves. Strategies: ``worked`` (a shortest path, traced), ``blind`` (traced, but walls are ignored: ``?`` in front),
-    ``direct`` (moves only, walls ignored).
+    The grid is what can be seen of the task (column ``observation``). Steps are the start cell and then each move with
+    the cell it leads to (row and column from 0). The reference is a shortest path, but any path without leaving the
+    grid or entering a wall that ends on the goal is right, up to 100 moves. Strategies: ``worked`` (a shortest path,
+    traced), ``blind`` (traced, but walls are ignored: ``?`` in front), ``direct`` (moves only, walls ignored).
     """
 
     name: str = "grid"
@@ -59,7 +59,7 @@ class Grid:
             prompt=prompt,
             answer=moves,
             steps=tuple(_trace(start, moves)),
-            columns={"level": level, "shortest": len(moves)},
+            columns={"level": level, "shortest": len(moves), "observation": prompt.rstrip("\n")},
         )
 
     def score(self, completion: str, example: Example) -> float:

@@ -11,11 +11,12 @@ from polopt.tasks.countdown import Countdown
 from polopt.tasks.grid import Grid
 from polopt.tasks.programs import Programs
 from polopt.tasks.task import Task
+from polopt.tasks.worksheet import Worksheet
 
 
 def tasks() -> Mapping[str, Task]:
     """Every task by name; the first one is the default task."""
-    found: tuple[Task, ...] = (Arithmetic(), Countdown(), Programs(), Grid())
+    found: tuple[Task, ...] = (Arithmetic(), Countdown(), Programs(), Grid(), Worksheet())
     return MappingProxyType({task.name: task for task in found})
 
 

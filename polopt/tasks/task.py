@@ -8,7 +8,7 @@ are a prefix of it and can be appended to a prompt as a hint.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Protocol
 
@@ -22,10 +22,14 @@ TEST_SHARE = 0.2
 
 _FRESH_ATTEMPTS = 50
 
+Judge = Callable[[str, Example], float]
+"""What one reward makes of a completion of an example; never an error, whatever the text."""
+
 
 class Task(Protocol):
     """A family of generated prompts with an exact verifier. ``strategies`` are the ways of answering it that the
-    shipped base policy was taught, ``shares`` how often (they sum to 1)."""
+    shipped base policy was taught, ``shares`` how often (they sum to 1). A task that judges a completion in several
+    respects also has ``rewards``, see :func:`rewards_of`."""
 
     @property
     def name(self) -> str: ...
@@ -63,6 +67,15 @@ class Task(Protocol):
     def strategy_of(self, completion: str) -> str:
         """The strategy whose form a completion has, or ``"other"``."""
         ...
+
+
+def rewards_of(task: Task) -> Mapping[str, Judge]:
+    """The rewards of a task by name: ``correct``, its verifier, then those of its mapping ``rewards`` where it has one.
+
+    A run reports the first one as the accuracy.
+    """
+    named: Mapping[str, Judge] = getattr(task, "rewards", {})
+    return {"correct": task.score, **named}
 
 
 def demonstration(task: Task, example: Example, rng: random.Random) -> str:

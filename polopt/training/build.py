@@ -19,13 +19,14 @@ from polopt.core.policy import Policy
 from polopt.methods import get_method
 from polopt.policies.causal_lm.loading import LoraOptions
 from polopt.policies.causal_lm.policy import CausalLM
-from polopt.rewards import NamedReward, parse_reward
+from polopt.rewards import NamedReward, RewardFunction, parse_reward
 from polopt.tasks.columns import parse_mapping
 from polopt.tasks.datasets import load_examples
 from polopt.tasks.registry import get_task
-from polopt.tasks.task import Task
+from polopt.tasks.task import Judge, Task, rewards_of
 from polopt.training.collect import provides
 from polopt.training.config import RunConfig
+from polopt.training.update import SCORE_NORM
 
 DEFAULT_TASK = "arithmetic"
 SMALL_WORLD_STEPS = 60
@@ -53,7 +54,7 @@ def make_problem(config: RunConfig) -> Problem:
     Raises UsageError for absent or malformed data, an unknown task or reward, a task without its own reward.
     """
     if config.data is None:
-        return _generated(config, get_task(config.task or DEFAULT_TASK))
+        return _generated(config, get_task(config.task or default_task(get_method(config.method))))
     mapping = parse_mapping(config.map) if config.map else None
     train = load_examples(config.data, mapping=mapping, split=config.split)
     if config.eval_data is not None:
@@ -90,7 +91,7 @@ def _given_rewards(config: RunConfig, source: str) -> tuple[NamedReward, ...]:
 
 def _generated(config: RunConfig, task: Task) -> Problem:
     levels = list(config.level) or None
-    rewards = tuple(parse_reward(spec) for spec in config.reward) or (task_reward(task),)
+    rewards = tuple(parse_reward(spec) for spec in config.reward) or task_rewards(task)
     return Problem(
         task.name,
         task.examples(POOL, seed=config.seed, split="train", levels=levels),
@@ -100,13 +101,25 @@ def _generated(config: RunConfig, task: Task) -> Problem:
     )
 
 
-def task_reward(task: Task) -> NamedReward:
-    """The verifier of a generated task as a reward: 1 right, 0 wrong."""
+def default_task(*methods: Method) -> str:
+    """The generated task of a run, or of a comparison, that is given neither a task nor data.
 
-    def correct(completions: Sequence[Any], example: Sequence[Example], **_: Any) -> list[float]:
-        return [task.score(completion, asked) for completion, asked in zip(completions, example, strict=True)]
+    It is the task that the methods name; where they name none, or not all the same, the one that any method can learn.
+    """
+    named = {method.task for method in methods if method.task is not None}
+    return named.pop() if len(named) == 1 else DEFAULT_TASK
 
-    return NamedReward("correct", correct)
+
+def task_rewards(task: Task) -> tuple[NamedReward, ...]:
+    """The rewards of a generated task, its verifier first."""
+    return tuple(NamedReward(name, _reward_function(judge)) for name, judge in rewards_of(task).items())
+
+
+def _reward_function(judge: Judge) -> RewardFunction:
+    def reward(completions: Sequence[Any], example: Sequence[Example], **_: Any) -> list[float]:
+        return [judge(completion, asked) for completion, asked in zip(completions, example, strict=True)]
+
+    return reward
 
 
 def make_policy(config: RunConfig, limit: int) -> CausalLM:
@@ -145,7 +158,7 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.eval_every is None and small:
         config = replace(config, eval_every=SMALL_WORLD_EVALUATION)
     if config.task is None and config.data is None:
-        config = replace(config, task=DEFAULT_TASK)
+        config = replace(config, task=default_task(get_method(config.method)))
     if config.out is None:
         subject = config.task or Path(str(config.data)).stem
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -158,14 +171,12 @@ def check_needs(method: Method, policy: Policy, rewards: Sequence[NamedReward]) 
     needs = method.needs
     if "value" in needs | method.evaluates:
         policy.add_critic()
-    for name in method.models:
-        if f"logp/{name}" in needs:
-            policy.add_model(name)
-    sampled = {"logp", "entropy", "mask", "truncated", "version", "source", "limit", "reward", "score"}
+    for name, model in method.models_in_use.items():
+        model.install(policy, name)
+    sampled = {"action", "logp", "entropy", "mask", "truncated", "version", "source", "limit", "reward", "score"}
     named = {f"reward/{reward.name}" for reward in rewards}
     available = {column for column in policy.columns if column != "logp/*"}
-    modelled = {f"logp/{name}" for name in method.models}
-    method.check(frozenset(sampled | named | available | modelled))
+    method.check(frozenset(sampled | named | available | {SCORE_NORM}))
     for name in sorted(method.evaluates):
         if not provides(policy, name):
             raise UsageError(f"method {method.slug!r} evaluates {name!r}, which this policy cannot compute")

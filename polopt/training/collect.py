@@ -11,11 +11,11 @@ from polopt.core.example import Example
 from polopt.core.method import Method
 from polopt.core.part import declared
 from polopt.core.policy import Policy
-from polopt.core.rollout import Rollout
+from polopt.core.rollout import Rollout, Source
 from polopt.rewards.reward import InvalidReward
 from polopt.rewards.scoring import Scorer
 from polopt.training.profile import Profiler
-from polopt.training.update import evaluate_columns
+from polopt.training.update import SCORE_NORM, evaluate_columns
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,17 @@ class Collected:
     drawn: Rollout
     invalid: tuple[InvalidReward, ...]
 
+    @property
+    def answers(self) -> Rollout:
+        """What was drawn without probes, which were sampled to learn what a state is worth."""
+        if "source" not in self.drawn or not bool((self.drawn["source"] == Source.PROBE).any()):
+            return self.drawn
+        return self.drawn.select(self.drawn["source"] != Source.PROBE)
+
 
 @dataclass(frozen=True)
 class Collector:
-    """Draws prompts, samples, scores, shapes and filters until the batch has ``prompts`` groups.
+    """Draws prompts, samples, scores, shapes and filters until the batch has as many groups as one draw gives.
 
     A filter with a field ``rounds`` may be refilled that many times; others get one round.
     """
@@ -53,20 +60,22 @@ class Collector:
         drawn: list[Rollout] = []
         kept: list[Rollout] = []
         invalid: list[InvalidReward] = []
-        groups = 0
+        groups = full = 0
         for _ in range(max(1, getattr(method.filter, "rounds", 1))):
             rollout, failures = self._sample(method, generator, progress)
             invalid += failures
             drawn.append(rollout)
+            # One draw of the curriculum fills a batch: it may turn prompts x group into as many groups of one.
+            full = drawn[0].n_groups
             rollout = rollout if method.filter is None else method.filter(rollout)
             if rollout.n_trajectories:
                 kept.append(rollout)
                 groups += rollout.n_groups
-            if groups >= self.prompts:
+            if groups >= full:
                 break
         batch = Rollout.concat(kept) if kept else None
-        if batch is not None and batch.n_groups > self.prompts:
-            batch = batch.select(batch.group < self.prompts)
+        if batch is not None and batch.n_groups > full:
+            batch = batch.select(batch.group < full)
         if batch is not None:
             batch = self._evaluated(method, batch, ("advantage", "weight", "objective", "regularizer", "aggregation"))
             if "logp" in method.needs and not self.policy.exact_sampler:
@@ -102,5 +111,5 @@ class Collector:
 
 
 def provides(policy: Policy, name: str) -> bool:
-    """Whether the policy can evaluate a column of that name."""
-    return name in policy.columns or (name.startswith("logp/") and "logp/*" in policy.columns)
+    """Whether `evaluate_columns` gives a column of that name for this policy."""
+    return name == SCORE_NORM or bool({name, f"{name.partition('/')[0]}/*"} & policy.columns)

@@ -27,7 +27,7 @@ class RunConfig:
     model: str | None = None
     """Path or hub name of a causal language model; the small policy shipped with polopt when left out."""
     task: str | None = None
-    """Generated task; 'arithmetic' when neither a task nor data is given."""
+    """Generated task; where neither a task nor data is given that of the method, 'arithmetic' for most."""
     level: tuple[int, ...] = ()
     """Difficulty levels of the task; its default ones when left out."""
     data: str | None = None
@@ -39,7 +39,7 @@ class RunConfig:
     map: tuple[str, ...] = ()
     """FIELD=COLUMN: which column of the data is the prompt, the answer, ..."""
     reward: tuple[str, ...] = ()
-    """NAME[:ARGUMENT][@WEIGHT] or file.py:function; the task's verifier when left out. The first is the accuracy."""
+    """NAME[:ARGUMENT][@WEIGHT] or file.py:function; the task's own rewards when left out. The first is the accuracy."""
     on_reward_error: Literal["raise", "skip"] = "raise"
     """A failing reward ends the run, or makes its trajectory invalid (it never trains, and is never 0)."""
     reward_timeout: float | None = None

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from polopt.core.example import Example
-from polopt.core.policy import Policy, Request, Sampling
+from polopt.core.policy import Policy, Request
 from polopt.core.rollout import Rollout
 from polopt.core.statistics import accuracy_interval, clustered_mean_interval, pass_at_k
 from polopt.rewards.scoring import Scorer, transcripts
+from polopt.rollouts.groups import Groups
 from polopt.training import metrics_names as names
 from polopt.training.report import Sample
 
@@ -21,14 +22,15 @@ from polopt.training.report import Sample
 class Evaluator:
     """Samples the policy on held-out prompts and scores the answers.
 
-    ``samples`` per prompt are drawn by ``sampling``; the accuracy is the mean of the first reward (``primary``),
-    prompts counting equally. With one right-or-wrong sample per prompt the interval is Wilson's, else Student's over
-    prompts.
+    ``samples`` per prompt are drawn by the rollout part ``draw``, at most ``limit`` steps each; the accuracy is the
+    mean of the first reward (``primary``), prompts counting equally. With one right-or-wrong sample per prompt the
+    interval is Wilson's, else Student's over prompts.
     """
 
     examples: Sequence[Example]
     scorer: Scorer
-    sampling: Sampling
+    draw: Groups
+    limit: int
     samples: int = 1
     seed: int = 0
 
@@ -42,7 +44,7 @@ class Evaluator:
     ) -> tuple[dict[str, float], Rollout]:
         """Metrics by name (prefix ``eval/``), and the scored rollout. Draws nothing from the run's random numbers."""
         requests = [Request(example, self.samples) for example in self.examples[:prompts]]
-        rollout = policy.sample(requests, self.sampling, seed=self.seed, progress=progress)
+        rollout = self.draw(policy, requests, limit=self.limit, seed=self.seed, progress=progress)
         rollout, _ = self.scorer(rollout)
         return {f"{names.EVAL}{name}": value for name, value in self._metrics(rollout).items()}, rollout
 
@@ -63,8 +65,8 @@ class Evaluator:
         metrics["prompts"] = float(interval.count)
         metrics[names.REWARD] = float(rollout.reward.nanmean())
         metrics[names.MEAN_LENGTH] = float(rollout.lengths.float().mean())
-        if "entropy" in rollout:
-            metrics[names.ENTROPY] = float(rollout["entropy"].mean())
+        if "entropy" in rollout and bool(rollout.mask.any()):
+            metrics[names.ENTROPY] = float(rollout["entropy"][rollout.mask].mean())
         return metrics
 
     @staticmethod

@@ -7,14 +7,14 @@ import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 
 from polopt.core.errors import UsageError
-from polopt.core.policy import Sampling
 from polopt.rewards.scoring import Scorer
+from polopt.rollouts.groups import Groups
 from polopt.training import metrics_names as names
 from polopt.training.budget import Budget, parse_every
 from polopt.training.build import check_needs, make_method, make_policy, make_problem, resolve
@@ -93,11 +93,6 @@ def make_trainer(config: RunConfig, run: Path, bar: RunProgress) -> Trainer:
     optimizer = make_optimizer(
         policy.parameters(), rate, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2)
     )
-    # Held-out answers are drawn as training answers are.
-    options = {
-        name: getattr(method.rollout, name) for name in Sampling.__dataclass_fields__ if hasattr(method.rollout, name)
-    }
-    sampling = Sampling(**{**options, "max_new_tokens": limit})
     trainer = Trainer(
         policy=policy,
         method=method,
@@ -110,7 +105,9 @@ def make_trainer(config: RunConfig, run: Path, bar: RunProgress) -> Trainer:
         run=run,
         trackers=make_trackers([name for name in config.track if name != "none"], run),
         seed=config.seed,
-        evaluator=Evaluator(problem.held_out, scorer, sampling, config.eval_samples) if problem.held_out else None,
+        evaluator=Evaluator(problem.held_out, scorer, _held_out(method.rollout), limit, config.eval_samples)
+        if problem.held_out
+        else None,
         eval_every=parse_every(config.eval_every) if config.eval_every else None,
         save_every=parse_every(config.save_every) if config.save_every else None,
         keep=config.keep,
@@ -120,6 +117,13 @@ def make_trainer(config: RunConfig, run: Path, bar: RunProgress) -> Trainer:
     )
     trainer.on_progress = lambda phase, metrics: bar.update(trainer.meter.spent, metrics, phase)
     return trainer
+
+
+def _held_out(rollout: Any) -> Groups:
+    """How held-out answers are drawn: as training answers are, one by one, in the environment of training if any."""
+    if hasattr(rollout, "held_out"):
+        return cast(Groups, rollout.held_out())
+    return Groups(**{name: getattr(rollout, name) for name in Groups.__dataclass_fields__ if hasattr(rollout, name)})
 
 
 def _check_folder(run: Path, config: RunConfig, resume: bool) -> None:

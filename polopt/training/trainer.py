@@ -26,7 +26,7 @@ from polopt.training.evaluation import Evaluator
 from polopt.training.optimizer import learning_rate, load_optimizer_state, optimizer_state, set_learning_rate
 from polopt.training.profile import Profiler
 from polopt.training.tracking import Trackers
-from polopt.training.update import BatchStep, minibatches
+from polopt.training.update import BatchStep, evaluate_columns, minibatches
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ class Trainer:
             metrics |= checks.check_versions(rollout, self.policy.version, self.strict)
             metrics |= checks.sampler_gap(rollout)
             metrics |= self._learn(rollout)
+        tokens = int(batch.drawn.n_steps)
+        self.meter.add(steps=1, tokens=tokens, rollouts=batch.drawn.n_trajectories)
         self._observe(batch, metrics)
 
         self.iteration += 1
-        tokens = int(batch.drawn.n_steps)
-        self.meter.add(steps=1, tokens=tokens, rollouts=batch.drawn.n_trajectories)
         seconds = time.monotonic() - started
         spent = self.meter.spent
         metrics |= {names.NUM_TOKENS: spent.tokens, names.NUM_ROLLOUTS: spent.rollouts}
@@ -148,7 +148,7 @@ class Trainer:
 
     def _describe(self, batch: Collected) -> dict[str, float]:
         """What was sampled, before any of it trains."""
-        drawn = batch.drawn
+        drawn = batch.answers
         metrics = checks.check_rewards(drawn, self.strict)
         rewards = drawn.reward
         metrics[names.REWARD] = float(rewards.nanmean())
@@ -172,8 +172,8 @@ class Trainer:
         metrics[names.CLIPPED_RATIO] = float(cut.float().mean())
         metrics["groups/drawn"] = float(drawn.n_groups)
         metrics["groups/kept"] = float(batch.kept.n_groups) if batch.kept is not None else 0.0
-        if "entropy" in drawn:
-            metrics[names.ENTROPY] = float(drawn["entropy"].mean())
+        if "entropy" in drawn and bool(drawn.mask.any()):
+            metrics[names.ENTROPY] = float(drawn["entropy"][drawn.mask].mean())
         if batch.kept is not None and "logp/ref" in batch.kept:
             kept = batch.kept
             gap = (kept.logp - kept["logp/ref"])[kept.mask]
@@ -185,21 +185,28 @@ class Trainer:
         for slot in self.method.slots().values():
             for part in flatten(slot):
                 if hasattr(part, "observe"):
-                    part.observe(batch.drawn)
+                    part.observe(batch.answers, self._evaluated)
         if self.method.controller is not None:
-            statistics = {**metrics, "trajectories": float(batch.drawn.n_trajectories)}
+            statistics = {
+                **metrics,
+                "trajectories": float(batch.drawn.n_trajectories),
+                "progress": self.budget.fraction(self.meter.spent),
+            }
             self.controlled |= self.method.controller(statistics)
             self._apply_control()
             metrics |= {f"controller/{name}": value for name, value in self.controlled.items()}
+
+    def _evaluated(self, rollout: Rollout, names: frozenset[str]) -> Rollout:
+        """The rollout with these functionals of the present policy as step columns, without gradient."""
+        return evaluate_columns(self.policy, rollout, names, self.optimization.token_budget, self.profiler)
 
     def _apply_control(self) -> None:
         self.method = override(self.method, self.controlled)
 
     def _refresh_models(self) -> None:
-        for name, model in self.method.models.items():
-            wanted = any(need == f"logp/{name}" for need in self.method.needs)
-            if wanted and model.due(self.iteration):
-                self.policy.add_model(name)
+        for name, model in self.method.models_in_use.items():
+            if model.due(self.iteration):
+                model.install(self.policy, name)
 
     def _sampling_progress(self, done: int, total: int) -> None:
         self.on_progress(f"sampling {done}/{total}", {})

@@ -3,25 +3,33 @@
 One pass: micro-batches of whole units, each contributing its share of the loss of the whole batch (the counts that
 normalise it are the batch's). Two passes, for an objective whose unit does not fit the token budget: evaluate the
 packed log-probs without gradient, take dLoss/dlogp on the whole vector, then back-propagate sum(logp * dLoss/dlogp)
-micro-batch by micro-batch. Trajectories that cannot have a gradient are left out of both.
+micro-batch by micro-batch. Trajectories that cannot have a gradient are left out of both. Where the gradients of chunks
+of the batch are asked for, micro-batches are cut within the chunks.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
 from polopt.core.loss import Evaluation
 from polopt.core.method import Method
 from polopt.core.policy import Policy
-from polopt.core.rollout import Rollout
+from polopt.core.rollout import Rollout, Unit
 from polopt.training.checks import RatioStatistics
 from polopt.training.profile import Profiler
+
+SCORE_NORM: Final = "score_norm"
+"""Trajectory column: square norm of the score of a trajectory under the present policy (`score_norms`)."""
+
+T = TypeVar("T")
 
 
 def contributing(method: Method, batch: Rollout) -> Tensor:
@@ -68,39 +76,52 @@ class BatchStep:
     two_pass: bool = False
     reused: bool = False
     first: RatioStatistics | None = None
+    chunk_square_norms: list[float] = field(default_factory=list)
 
     @property
     def parameters(self) -> Sequence[Parameter]:
         """What is trained."""
         return self.policy.parameters()
 
-    def gradient(self) -> dict[str, float]:
-        """Fill ``.grad`` with the gradient of the batch's loss; returns ``loss`` and the objective's metrics."""
+    def gradient(self, chunks: int = 1) -> dict[str, float]:
+        """Fill ``.grad`` with the gradient of the batch's loss; returns ``loss`` and the objective's metrics.
+
+        With ``chunks`` the batch is cut into that many parts of whole groups, or of whole trajectories where it is one
+        group, and ``chunk_square_norms`` holds their ||g_m||^2; a loss whose unit they cut takes two passes.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         self.finite, self.two_pass, self.reused = True, False, False
-        self.ratios = RatioStatistics()
+        self.ratios, self.chunk_square_norms = RatioStatistics(), []
         active = contributing(self.method, self.batch)
         if not bool(active.any()):
             return {"loss": 0.0}
         work = self.batch if bool(active.all()) else self.batch.piece(active)
         cost = self.policy.cost(work)
+        parts, whole_units = self._chunks(chunks, active)
         unit = "trajectory" if self.method.unit == "step" else self.method.unit
-        if unit == "trajectory" or work.fits(unit, cost, self.token_budget):
-            metrics = self._one_pass([work.piece(torch.tensor(b)) for b in work.bins(unit, cost, self.token_budget)])
+        plan = [_bins(work, part, unit, cost, self.token_budget) for part in parts]
+        fits = all(len(b) * max(cost[i] for i in b) <= self.token_budget for bins in plan for b in bins)
+        if unit == "trajectory" or (whole_units and fits):
+            metrics = self._one_pass(work, plan)
         else:
             self.two_pass = True
-            order = work.bins("trajectory", cost, self.token_budget)
-            metrics = self._two_passes(work, order)
+            plan = [_bins(work, part, "trajectory", cost, self.token_budget) for part in parts]
+            metrics = self._two_passes(work, plan)
         if self.first is None and not self.reused and _is_fresh(self.policy, self.batch):
             self.first = self.ratios
         if not self.finite:
             self.optimizer.zero_grad(set_to_none=True)
         return metrics
 
-    def apply(self) -> None:
-        """Step along ``.grad`` and count the version up."""
+    def apply(self, scale: float = 1.0) -> None:
+        """Step along ``.grad``, at ``scale`` times the learning rate, and count the version up."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         with self.profiler.phase("update"):
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = scale * rate
             self.optimizer.step()
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
         self.policy.version += 1
 
     def reject(self, reason: str) -> None:
@@ -109,11 +130,49 @@ class BatchStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.on_reject(reason, self.batch)
 
+    # --- chunks -------------------------------------------------------------------------------------------------
+
+    def _chunks(self, count: int, active: Tensor) -> tuple[list[Tensor], bool]:
+        """Places of each chunk's trajectories among the active ones; whether chunks cut no unit of the method.
+
+        Trajectories without a gradient count: a chunk may be empty, and its gradient 0.
+        """
+        batch = self.batch
+        owners = batch.group if batch.n_groups > 1 else torch.arange(batch.n_trajectories, device=batch.device)
+        units = int(owners.max()) + 1
+        count = min(count, units)
+        chunk_of = torch.empty(units, dtype=torch.int64, device=batch.device)
+        for number, members in enumerate(torch.arange(units, device=batch.device).tensor_split(count)):
+            chunk_of[members] = number
+        mine = chunk_of[owners][active]
+        whole_units = count == 1 or (self.method.unit == "group" and batch.n_groups > 1)
+        return [(mine == number).nonzero().flatten() for number in range(count)], whole_units
+
+    def _by_chunk(self, plan: Sequence[Sequence[T]]) -> Iterator[T]:
+        """The pieces of one chunk after the other, whose gradients the caller adds to ``.grad`` as they come.
+
+        Between chunks ``.grad`` is that of the chunk alone, whose square norm is noted; at the end it is the sum.
+        """
+        if len(plan) == 1:
+            yield from plan[0]
+            return
+        total: list[Tensor | None] = [None] * len(self.parameters)
+        for pieces in plan:
+            yield from pieces
+            own = [parameter.grad for parameter in self.parameters]
+            self.chunk_square_norms.append(len(plan) ** 2 * square_norm(own))
+            total = [t if g is None else g if t is None else t.add_(g) for t, g in zip(total, own, strict=True)]
+            for parameter in self.parameters:
+                parameter.grad = None
+        for parameter, gradient in zip(self.parameters, total, strict=True):
+            parameter.grad = gradient
+
     # --- the two ways -------------------------------------------------------------------------------------------
 
-    def _one_pass(self, pieces: Sequence[Rollout]) -> dict[str, float]:
+    def _one_pass(self, work: Rollout, plan: Sequence[Sequence[Sequence[int]]]) -> dict[str, float]:
         totals: dict[str, float] = {}
-        for piece in pieces:
+        for members in self._by_chunk(plan):
+            piece = work.piece(torch.tensor(members))
             with self.profiler.phase("evaluate"):
                 evaluation = self.policy.evaluate(piece, self.method.evaluates)
                 loss, metrics = self.method.loss(evaluation, piece)
@@ -126,7 +185,8 @@ class BatchStep:
                     loss.backward()  # type: ignore[no-untyped-call]
         return totals
 
-    def _two_passes(self, work: Rollout, order: Sequence[Sequence[int]]) -> dict[str, float]:
+    def _two_passes(self, work: Rollout, plan: Sequence[Sequence[Sequence[int]]]) -> dict[str, float]:
+        order = [members for bins in plan for members in bins]
         # Reordered so that the pieces lie one after the other in the packed vectors.
         whole = work.piece(torch.tensor([index for members in order for index in members]))
         starts = torch.tensor([0, *(len(members) for members in order)]).cumsum(0).tolist()
@@ -147,8 +207,9 @@ class BatchStep:
         slopes = dict(
             zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True),
         )
+        remaining = iter(pieces)
         at = 0
-        for piece in pieces:
+        for piece in self._by_chunk([[next(remaining) for _ in bins] for bins in plan]):
             ours = {n: g[at : at + piece.n_steps] for n, g in slopes.items() if g is not None}
             at += piece.n_steps
             if all(not bool(g.any()) for g in ours.values()):
@@ -176,6 +237,15 @@ class BatchStep:
         return self.finite
 
 
+def _bins(work: Rollout, members: Tensor, unit: Unit, cost: Sequence[int], budget: int) -> list[list[int]]:
+    """`Rollout.bins` of some of the trajectories."""
+    if len(members) == work.n_trajectories:
+        return work.bins(unit, cost, budget)
+    places = members.tolist()
+    bins = work.piece(members).bins(unit, [cost[i] for i in places], budget) if places else []
+    return [[places[i] for i in chosen] for chosen in bins]
+
+
 def _is_fresh(policy: Policy, rollout: Rollout) -> bool:
     return "version" in rollout and bool((rollout["version"] == policy.version).all())
 
@@ -188,9 +258,16 @@ def _accumulate(totals: dict[str, float], loss: Tensor, metrics: Mapping[str, Te
 def evaluate_columns(
     policy: Policy, rollout: Rollout, names: frozenset[str], token_budget: int, profiler: Profiler
 ) -> Rollout:
-    """The rollout with these functionals of the policy and its frozen models as step columns, without gradient."""
+    """The rollout with these functionals of the policy and its frozen models as step columns, without gradient.
+
+    `SCORE_NORM` becomes a trajectory column.
+    """
     if not names or rollout.n_trajectories == 0:
         return rollout
+    if SCORE_NORM in names:
+        with profiler.phase("evaluate"):
+            rollout = rollout.with_columns(trajectory={SCORE_NORM: score_norms(policy, rollout)})
+        return evaluate_columns(policy, rollout, names - {SCORE_NORM}, token_budget, profiler)
     order = rollout.bins("trajectory", policy.cost(rollout), token_budget)
     found: dict[str, Tensor] = {}
     first = rollout.lengths.cumsum(0) - rollout.lengths
@@ -208,6 +285,36 @@ def evaluate_columns(
                 value = evaluation[name]
                 found.setdefault(name, value.new_zeros(rollout.n_steps))[at] = value
     return rollout.with_columns(step=found)
+
+
+def score_norms(policy: Policy, rollout: Rollout) -> Float[Tensor, " trajectory"]:
+    """||grad_theta sum_t log pi(a_t)||^2 of each trajectory, over its trainable steps, under the present policy.
+
+    Exact, for any policy: one forward and one backward pass per trajectory, so that it costs at least as much as an
+    update on the batch. ``.grad`` stays as it is.
+    """
+    parameters = list(policy.parameters())
+    norms = []
+    for index in range(rollout.n_trajectories):
+        piece = rollout.select(torch.tensor([index]))
+        if not bool(piece.mask.any()):
+            norms.append(0.0)
+            continue
+        with torch.enable_grad():
+            logp = policy.evaluate(piece, frozenset({"logp"}))["logp"]
+            norms.append(square_norm(torch.autograd.grad(logp[piece.mask].sum(), parameters, allow_unused=True)))
+    dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+    return torch.tensor(norms, dtype=dtype, device=rollout.device)
+
+
+def square_norm(gradients: Iterable[Tensor | None]) -> float:
+    """Sum of the squares of all entries, in float32 or better; None counts for nothing."""
+    squares = [
+        torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).square()
+        for g in gradients
+        if g is not None
+    ]
+    return float(torch.stack(squares).sum()) if squares else 0.0
 
 
 def minibatches(rollout: Rollout, count: int, unit: str, generator: torch.Generator) -> list[Rollout]:

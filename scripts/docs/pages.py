@@ -133,6 +133,7 @@ def method_page(method: Method, claims: Sequence[Mapping[str, Any]], figure: str
         ["needs", _codes(method.needs)],
         ["evaluates", _codes(method.evaluates)],
         ["unit", code(method.unit)],
+        ["task", code(method.task or "any")],
         ["empty slots", _codes(empty)],
     ]
     body = docstring(rest)

@@ -66,7 +66,8 @@ def test_sampling_solves_a_part_of_the_default_task(folder: Path) -> None:
 def test_the_record_of_training_keeps_its_promises(folder: Path) -> None:
     record = json.loads((folder / "training.json").read_text())
     assert record["finished"]
-    assert record["held_out"].keys() == tasks().keys()
+    # Tasks that came later ask what the policy has learnt from these.
+    assert record["held_out"].keys() == {"arithmetic", "countdown", "programs", "grid"}
     arithmetic = record["held_out"]["arithmetic"]
     assert 0.35 <= arithmetic["accuracy"] <= 0.5 - arithmetic["half_width_95"]
     assert arithmetic["strategies"]["worked"]["accuracy"] >= 0.93

@@ -45,6 +45,16 @@ def test_a_batch_is_scored_by_the_problems_table() -> None:
         assert float(rollout.reward[index]) == float(made.reward[number, made.space.index(ids)])
 
 
+def test_named_rewards_are_columns_of_a_batch_and_exact_expectations_of_a_run() -> None:
+    made = problem("multi-reward", batch=2, rates=(0.3, 0.6), scales=(1.0, 0.25), seed=1)
+    rollout = batch(made, made.policy(), seed=0, sizes=[4000])
+    assert set(rollout.rewards) == {"reward-1", "reward-2"}
+    torch.testing.assert_close(rollout["reward/reward-1"] + rollout["reward/reward-2"], rollout.reward)
+    exact = start(made, grpo, seed=0, group=4).rewards
+    for name, value in exact.items():
+        assert float(rollout.rewards[name].mean()) == pytest.approx(value, rel=0.05)
+
+
 def test_the_mean_gradient_is_the_exact_one() -> None:
     made = problem("random-rewards", space=SPACE, seed=2)
     policy = made.policy()

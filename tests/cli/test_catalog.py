@@ -19,8 +19,11 @@ def test_methods_json_is_the_registry(run: Callable[..., Result]) -> None:
     assert list(listed) == list(methods())
     for slug, method in methods().items():
         entry = listed[slug]
-        assert set(entry) == {"slug", "name", "title", "family", "seed", "paper", "slots", "needs", "evaluates"}
+        assert set(entry) == {
+            *("slug", "name", "title", "family", "seed", "paper", "task", "slots", "needs", "evaluates")
+        }
         assert (entry["family"], entry["seed"], entry["paper"]) == (method.family, method.seed, method.paper)
+        assert entry["task"] == method.task
         assert entry["needs"] == sorted(method.needs)
         assert entry["evaluates"] == sorted(method.evaluates)
         assert set(entry["slots"]) == set(method.slots())

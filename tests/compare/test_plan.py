@@ -118,6 +118,10 @@ def test_a_wrong_problem_is_said(text: str, said: str) -> None:
 def test_worlds_are_of_one_kind() -> None:
     assert [w.label for w in make_worlds((), (), None)] == ["arithmetic"]
     assert [w.task for w in make_worlds(("grid", "countdown"), (), None)] == ["grid", "countdown"]
+    named = make_worlds((), (), None, [parse_contender("grpo"), parse_contender("gdpo-multireward")])
+    assert [w.task for w in named] == ["worksheet"]
+    asked = make_worlds(("grid",), (), None, [parse_contender("gdpo-multireward")])
+    assert [w.task for w in asked] == ["grid"]
     with pytest.raises(UsageError, match="one kind per comparison"):
         make_worlds(("grid",), ("sparse-rewards",), None)
     with pytest.raises(UsageError, match="unknown task 'chess'"):

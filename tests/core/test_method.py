@@ -143,6 +143,23 @@ def test_a_column_must_come_before_the_part_that_needs_it() -> None:
     assert "early" not in method(reward=Late(), advantage=Early()).needs
 
 
+def test_what_the_curriculum_attaches_is_there_for_every_part() -> None:
+    @dataclass(frozen=True)
+    class Attaches(Part):
+        gives = frozenset({"difficulty"})
+
+    @dataclass(frozen=True)
+    class Reads(Part):
+        needs = frozenset({"difficulty"})
+
+    for slot in ("reward", "filter", "advantage", "objective"):
+        made = method(curriculum=Attaches(), **{slot: Reads()})
+        made.check(frozenset())
+        assert "difficulty" not in made.needs
+        with pytest.raises(UsageError, match="needs column 'difficulty'"):
+            method(**{slot: Reads()}).check(frozenset())
+
+
 def test_any_named_reward_will_do() -> None:
     @dataclass(frozen=True)
     class Any_(Part):

@@ -8,6 +8,7 @@ from polopt.advantages.group import GroupZScore
 from polopt.core import registry
 from polopt.core.errors import UsageError
 from polopt.core.method import Method
+from polopt.core.override import override
 from polopt.core.part import SLOTS, named_parts
 from polopt.core.registry import find_part, method, registered
 from polopt.methods import get_method, methods
@@ -45,6 +46,16 @@ def test_a_method_of_the_user_inherits_and_replaces() -> None:
     assert mine.objective == grpo.objective
     assert mine.advantage.eps == 0.5
     assert registered()["mine"] is mine
+
+
+def test_the_task_of_a_method_is_inherited_and_kept() -> None:
+    assert grpo.task is None
+    first = method("first", grpo, task="worksheet")
+    second = method("second", first, advantage=GroupZScore(eps=0.5))
+    third = method("third", first, task="grid")
+    assert [m.task for m in (first, second, third)] == ["worksheet", "worksheet", "grid"]
+    assert (second | {"advantage": GroupZScore()}).task == second.clone().task == "worksheet"
+    assert override(third, {"advantage.eps": "0.1"}).task == "grid"
 
 
 def test_mistakes_in_a_method_file() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from polopt.controllers import AdaptiveKL
+from polopt.controllers import AdaptiveKL, LinearSchedule
+from polopt.core.errors import UsageError
 from polopt.core.override import override
 from polopt.methods.base.ppo import ppo
 
@@ -35,3 +36,24 @@ def test_without_a_measurement_nothing_moves() -> None:
 def test_what_it_returns_is_an_override_of_the_method() -> None:
     changed = override(ppo, AdaptiveKL(initial=0.07)({}))
     assert changed.reward.beta == 0.07
+
+
+# --- linear schedule --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("progress", "value"), [(0.0, 2.0), (0.25, 1.5), (1.0, 0.0)])
+def test_a_linear_schedule_follows_the_budget(progress: float, value: float) -> None:
+    control = LinearSchedule({"a.b": 2.0, "c": 1.0}, {"a.b": 0.0, "c": 1.0})
+    assert control({"progress": progress}) == {"a.b": value, "c": 1.0}
+
+
+def test_a_linear_schedule_starts_at_its_start_and_is_read_from_the_command_line() -> None:
+    made = override(ppo, {"controller": LinearSchedule()})
+    made = override(made, {"controller.start": "reward.beta=0.2", "controller.end": "reward.beta=0.4"})
+    assert made.controller({}) == {"reward.beta": 0.2}
+    assert override(made, made.controller({"progress": 0.5})).reward.beta == pytest.approx(0.3)
+
+
+def test_a_linear_schedule_needs_both_ends() -> None:
+    with pytest.raises(UsageError, match="'c' in only one of start and end"):
+        LinearSchedule({"a": 1.0}, {"a": 2.0, "c": 3.0})({})

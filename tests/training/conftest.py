@@ -21,7 +21,6 @@ from polopt.policies.causal_lm.payload import TokenPayload
 from polopt.policies.causal_lm.policy import CausalLM
 from polopt.rewards import NamedReward
 from polopt.rewards.scoring import Scorer
-from polopt.rollouts.groups import Groups
 from polopt.tasks.registry import get_task
 from polopt.training.budget import Budget
 from polopt.training.build import check_needs
@@ -80,7 +79,8 @@ def make_tiny(seed: int = 0) -> CountingPolicy:
 
 def short(slug: str, **slots: Any) -> Method:
     """A registered method whose completions end early at some tokens, with its own state and other slots replaced."""
-    return (get_method(slug) | {"rollout": Groups(stop_ids=ENDS), **slots}).clone()
+    method = get_method(slug)
+    return (method | {"rollout": dataclasses.replace(method.rollout, stop_ids=ENDS), **slots}).clone()
 
 
 def make_collector(policy: CausalLM, reward: NamedReward = EVEN, **changes: Any) -> Collector:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from polopt.core.errors import UsageError
-from polopt.methods import get_method
-from polopt.training.build import make_method, resolve
+from polopt.methods import get_method, methods
+from polopt.tasks.registry import get_task
+from polopt.training import build
+from polopt.training.build import DEFAULT_TASK, default_task, make_method, make_problem, resolve
 from polopt.training.config import RunConfig, make_config, read_config, write_config
 
 FULL = RunConfig(
@@ -192,6 +194,39 @@ def test_resolving_fills_every_default_and_keeps_what_was_given() -> None:
     assert whole.lr and own.lr and whole.lr < own.lr < small.lr  # the more weights move, the less each may
     assert resolve(RunConfig(seconds=3.0)).steps is None
     assert resolve(FULL) == dataclasses.replace(FULL, out=resolve(FULL).out)
+
+
+def test_a_run_takes_the_task_of_its_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    taught = dataclasses.replace(get_method("grpo"), task="worksheet")
+    monkeypatch.setattr(build, "get_method", {"grpo": get_method("grpo"), "taught": taught}.__getitem__)
+    settled = resolve(RunConfig(method="taught"))
+    assert settled.task == "worksheet" and "taught-worksheet-0-" in str(settled.out)
+    assert resolve(RunConfig(method="taught", task="grid")).task == "grid"
+    assert resolve(RunConfig(method="taught", data="d.jsonl")).task is None
+    few = RunConfig(method="taught", eval_prompts=4, level=(1,))
+    problem = make_problem(few)
+    assert problem.name == "worksheet"
+    assert [reward.name for reward in problem.rewards] == ["correct", "format", "length"]
+    example = problem.held_out[0]
+    texts = [f"#{example.answer}", "".join(example.steps) + "#0"]
+    values = [r.function(completions=texts, example=[example, example]) for r in problem.rewards]
+    assert values == [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+    own = make_problem(dataclasses.replace(few, reward=("exact-match",)))
+    assert [reward.name for reward in own.rewards] == ["exact-match"]
+    assert [r.name for r in make_problem(dataclasses.replace(few, method="grpo")).rewards] == ["correct"]
+
+
+def test_methods_with_one_task_between_them_share_it() -> None:
+    plain = get_method("grpo")
+    first, second = (dataclasses.replace(plain, task=name) for name in ("worksheet", "grid"))
+    assert default_task() == default_task(plain, plain) == DEFAULT_TASK
+    assert default_task(first) == default_task(plain, first, first) == "worksheet"
+    assert default_task(first, second) == default_task(second, plain, first) == DEFAULT_TASK
+
+
+def test_every_method_names_a_task_that_exists() -> None:
+    for method in methods().values():
+        get_task(default_task(method))
 
 
 def test_a_controllers_starting_coefficient_holds_from_the_start() -> None:

@@ -17,6 +17,7 @@ from polopt.core.policy import Request, Sampling
 from polopt.core.rollout import Rollout
 from polopt.rewards import NamedReward
 from polopt.rewards.scoring import Scorer
+from polopt.rollouts.groups import Groups
 from polopt.training.evaluation import Evaluator, samples_of
 from tests.training.conftest import EVEN, LIMIT, POOL, CountingPolicy
 
@@ -50,7 +51,7 @@ def value(completions: Sequence[str], **_: Any) -> list[float | None]:
 
 def evaluate(table: Sequence[Sequence[str]], prompts: int | None = None, samples: int = 1) -> dict[str, float]:
     examples = [Example(str(i), f"prompt {i}") for i in range(len(table))]
-    evaluator = Evaluator(examples, Scorer((NamedReward("value", value),)), Sampling(), samples)
+    evaluator = Evaluator(examples, Scorer((NamedReward("value", value),)), Groups(), LIMIT, samples)
     metrics, _ = evaluator(Scripted(table), prompts=prompts)  # type: ignore[arg-type]
     return {name.removeprefix("eval/"): number for name, number in metrics.items() if name.startswith("eval/")}
 
@@ -106,7 +107,7 @@ def test_nothing_scored_is_no_number() -> None:
 def test_the_first_reward_is_the_accuracy_and_the_total_the_reward() -> None:
     examples = [Example("0", "a"), Example("1", "b")]
     long = NamedReward("long", lambda completions, **_: [float(len(t)) for t in completions], 0.5)
-    evaluator = Evaluator(examples, Scorer((NamedReward("value", value), long)), Sampling())
+    evaluator = Evaluator(examples, Scorer((NamedReward("value", value), long)), Groups(), LIMIT)
     metrics, rollout = evaluator(Scripted([["1xxx"], ["0"]]))  # type: ignore[arg-type]
     assert evaluator.primary == "value"
     assert metrics["eval/accuracy"] == 0.5 and metrics["eval/reward"] == pytest.approx((3 + 0.5) / 2)
@@ -118,7 +119,7 @@ def test_some_of_the_prompts_are_the_first_ones() -> None:
 
 
 def test_an_evaluation_repeats_and_leaves_the_runs_random_numbers_alone(policy: CountingPolicy) -> None:
-    evaluator = Evaluator(POOL, Scorer((EVEN,)), Sampling(max_new_tokens=LIMIT))
+    evaluator = Evaluator(POOL, Scorer((EVEN,)), Groups(), LIMIT)
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first, rollout = evaluator(policy)

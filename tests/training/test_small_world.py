@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from polopt.assets import base_policy_path
 from polopt.methods import methods
+from polopt.tasks.registry import get_task
+from polopt.training.build import default_task
 from polopt.training.config import RunConfig
 from polopt.training.run import train
 
@@ -26,7 +28,8 @@ def test_three_iterations_of_every_method(slug: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = RunConfig(
         method=slug,
-        level=(1,),
+        # The easiest of the task that the method is for.
+        level=get_task(default_task(methods()[slug])).levels[:1],
         steps=3,
         prompts=4,
         group=4,

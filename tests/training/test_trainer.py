@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from polopt.core.errors import UsageError
-from polopt.core.part import Part, Stateful, Then
+from polopt.core.part import Evaluate, Part, Stateful, Then
 from polopt.core.rollout import Rollout
 from polopt.models import Snapshot
 from polopt.policies.causal_lm.policy import CausalLM
@@ -21,7 +21,7 @@ from polopt.training.budget import Budget, Every
 from polopt.training.checkpoint import latest_checkpoint
 from polopt.training.run import train
 from polopt.training.trainer import Optimization
-from tests.training.conftest import make_tiny, make_trainer, short
+from tests.training.conftest import make_tiny, make_trainer, plain_evaluation, short
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +151,7 @@ class Counter(Stateful):
     def __call__(self, rollout: Rollout) -> Rollout:
         return rollout
 
-    def observe(self, rollout: Rollout) -> None:
+    def observe(self, rollout: Rollout, evaluate: Evaluate) -> None:
         self.remember(seen=self.seen + rollout.n_trajectories)
 
 
@@ -165,6 +165,53 @@ def test_parts_observe_every_iteration_and_the_given_method_stays_as_it_was(comp
     given = method.filter.parts if composed else (method.filter,)
     assert [part.seen for part in found] == [32] * len(found)
     assert [part.seen for part in given] == [0] * len(given)
+
+
+@dataclass(frozen=True)
+class Follower(Counter):
+    """Keeps what was drawn, and how far the updates moved its log-probs."""
+
+    last: Rollout | None = field(default=None, init=False, compare=False)
+    moved: float = field(default=0.0, init=False, compare=False)
+
+    state = ("seen", "last", "moved")
+
+    def observe(self, rollout: Rollout, evaluate: Evaluate) -> None:
+        super().observe(rollout, evaluate)
+        now = evaluate(rollout, frozenset({"logp", "entropy"}))
+        before = 0.0 if self.last is None else float(evaluate(self.last, frozenset({"logp"})).logp.sum())
+        self.remember(last=now, moved=float((now.logp - rollout.logp).abs().mean()) + before)
+
+
+def test_what_observes_can_ask_the_updated_policy(tmp_path: Path) -> None:
+    optimization = Optimization(1e-2, token_budget=60)  # a few trajectories at a time
+    trainer = make_trainer(
+        tmp_path, short("grpo", filter=Follower()), budget=Budget(steps=1), optimization=optimization
+    )
+    trainer.train()
+    part = trainer.method.filter
+    assert part.moved > 1e-4  # not the log-probs of the policy that sampled
+    expected = plain_evaluation(trainer.policy, part.last)
+    for name in ("logp", "entropy"):
+        torch.testing.assert_close(part.last[name], expected[name].detach(), rtol=1e-4, atol=1e-5)
+        assert not part.last[name].requires_grad
+
+
+def test_a_rollout_in_a_parts_state_survives_a_stop(tmp_path: Path) -> None:
+    def trainer(run: Path, steps: int) -> Any:
+        return make_trainer(run, short("grpo", filter=Follower()), budget=Budget(steps=steps))
+
+    whole, first = trainer(tmp_path / "whole", 3), trainer(tmp_path / "first", 1)
+    whole.train()
+    first.train()
+    second = trainer(tmp_path / "second", 3)
+    for name in ("log", "timing", "text"):
+        (tmp_path / "second" / f"{name}.jsonl").write_bytes((tmp_path / "first" / f"{name}.jsonl").read_bytes())
+    second.resume(latest_checkpoint(tmp_path / "first"))
+    second.train()
+    assert second.method.filter.moved == whole.method.filter.moved
+    assert torch.equal(second.method.filter.last.logp, whole.method.filter.last.logp)
+    assert second.method.filter.last.examples == whole.method.filter.last.examples
 
 
 def test_a_resumed_run_is_the_run_that_was_not_stopped(small_run: Any, tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def test_the_gradient_is_that_of_one_plain_forward_pass(slug: str, policy: Count
         same_gradients(gradients(policy), expected)
         assert metrics["loss"] == pytest.approx(expected_loss, rel=1e-4, abs=1e-6)
         pieces = len([call for call in policy.calls if call.gradient])
-        assert pieces == 1 if budget == HUGE else pieces > 1
+        few = budget == SMALL and int(contributing(method, batch).sum()) <= 4  # may fit at once
+        assert pieces == 1 if budget == HUGE else pieces > 1 or few
 
 
 def test_a_parameter_group_is_reached_by_the_loss_of_each_functional(policy: CountingPolicy) -> None:

@@ -56,6 +56,7 @@ def generate(
     max_rows: int = 256,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    limits: Sequence[int | None] | None = None,
 ) -> Generations:
     """``decode`` where the model is supported, ``decode_with_generate`` elsewhere."""
     run = decode if supports(model) else decode_with_generate
@@ -71,6 +72,7 @@ def generate(
         max_rows=max_rows,
         dtype=dtype,
         progress=progress,
+        limits=limits,
     )
 
 
@@ -88,13 +90,14 @@ def decode(
     max_rows: int = 256,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    limits: Sequence[int | None] | None = None,
 ) -> Generations:
     """Sample counts[i] completions of prompts[i], in order, trajectory m with the randomness of seeds[m].
 
     ``dtype`` computes as ``torch.autocast(dtype)`` does; None follows an enclosing autocast, or the model's own dtype.
     ``entropy`` asks for the entropy column, ``tokenizer`` is needed for stop strings only, ``max_rows`` bounds the
-    rows that decode at once, ``progress(finished, all)`` is called as trajectories end. Training flags are left as
-    they were and dropout is off.
+    rows that decode at once, ``progress(finished, all)`` is called as trajectories end, ``limits`` bounds the steps of
+    each prompt's trajectories below ``max_new_tokens``. Training flags are left as they were and dropout is off.
 
     Raises UsageError for a model without a native decoder (see ``supports``), an empty or over-long prompt, and
     counts or seeds that do not fit; FloatingPointError when the model's log-probs are not finite.
@@ -113,6 +116,7 @@ def decode(
         entropy=entropy,
         max_rows=max_rows,
         progress=progress,
+        limits=limits,
     )
     device = request.device.type
     if dtype is None and torch.is_autocast_enabled(device):

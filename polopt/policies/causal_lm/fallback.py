@@ -31,6 +31,7 @@ def decode_with_generate(
     max_rows: int = 256,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    limits: Sequence[int | None] | None = None,
 ) -> Generations:
     """As ``decode``, for any model with ``generate``: same fields, and the same draws from the same seeds.
 
@@ -48,6 +49,7 @@ def decode_with_generate(
         entropy=entropy,
         max_rows=max_rows,
         progress=progress,
+        limits=limits,
     )
     recorder = Recorder(request)
     device = request.device.type

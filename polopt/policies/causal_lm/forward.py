@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from polopt.policies.causal_lm.critic import ValueHead
-from polopt.policies.causal_lm.fused import linear_functionals, logit_functionals
+from polopt.policies.causal_lm.fused import (
+    linear_divergences,
+    linear_functionals,
+    logit_divergences,
+    logit_functionals,
+)
 from polopt.policies.causal_lm.loading import text_config
 from polopt.policies.causal_lm.payload import TokenPayload
 
@@ -114,7 +119,7 @@ def evaluate_batch(
     dtype: torch.dtype | None,
     critic: ValueHead | None = None,
 ) -> dict[str, Float[Tensor, " step"]]:
-    """``names`` of ``logp``, ``entropy``, ``lse``, and with a critic ``value``, at every step, float32.
+    """``names`` of ``logp``, ``entropy``, ``lse``, ``collision``, and with a critic ``value``, at every step, float32.
 
     ``dtype`` computes under autocast. Everything is a function of the prefix before the step.
     """
@@ -134,6 +139,71 @@ def evaluate_batch(
         if "value" in names and critic is not None and hidden is not None:
             found["value"] = critic(hidden)
     return found
+
+
+Weights = Callable[[], AbstractContextManager[Any]]
+"""Opens a context in which a Hugging Face module holds some weights: the live ones, or those of a snapshot."""
+
+
+@torch.no_grad()
+def evaluate_divergences(
+    own: tuple[Weights, TokenPayload],
+    other: tuple[Weights, TokenPayload],
+    layer: OutputLayer | None,
+    names: frozenset[str],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> dict[str, Float[Tensor, " step"]]:
+    """``names`` of ``hellinger`` and ``kl`` between two models at every step, float32, constants.
+
+    The payloads differ in their prompts at most. Hidden states of all steps are held, logits of a chunk of steps only;
+    of an architecture without a plain output layer those of one trajectory at a time.
+    """
+    if layer is None:
+        return _divergences_row_by_row(own, other, names, dtype, device)
+    sides = []
+    for weights, payload in (own, other):
+        batch = Batch.of(payload, device)
+        with weights() as base, _autocast(device, dtype), _without_dropout(base):
+            trunk, head = _trunk(base), base.get_output_embeddings()
+            hidden = trunk(**_inputs(trunk, batch)).last_hidden_state.flatten(0, 1).index_select(0, batch.steps)
+            # Detached, the weight stays that of this model when live adapters come back.
+            sides.append((hidden, head.weight.detach(), None if head.bias is None else head.bias.detach()))
+    (hidden, weight, bias), (other_hidden, other_weight, other_bias) = sides
+    with _autocast(device, dtype):
+        return linear_divergences(
+            hidden,
+            weight,
+            other_hidden,
+            other_weight,
+            names,
+            bias=bias,
+            other_bias=other_bias,
+            temperature=batch.temperature,
+            softcap=layer.softcap,
+            scale=layer.scale,
+        )
+
+
+def _divergences_row_by_row(
+    own: tuple[Weights, TokenPayload],
+    other: tuple[Weights, TokenPayload],
+    names: frozenset[str],
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    for index in range(own[1].lengths.numel()):
+        logits = []
+        for weights, payload in (own, other):
+            batch = Batch.of(payload.select(torch.tensor([index])), device)
+            with weights() as base, _autocast(device, dtype), _without_dropout(base):
+                logits.append(base(**_inputs(base, batch)).logits.flatten(0, 1).index_select(0, batch.steps))
+        values = logit_divergences(logits[0], logits[1], names, temperature=batch.temperature)
+        for name, value in values.items():
+            found[name].append(value)
+    return {name: torch.cat(values) for name, values in found.items()}
 
 
 def _trunk(base: Any) -> Any:

@@ -15,8 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-FUNCTIONALS: Final = frozenset({"logp", "entropy", "lse"})
+FUNCTIONALS: Final = frozenset({"logp", "entropy", "lse", "collision"})
 """What `linear_functionals` can compute. One more is one line each in `_values` and `_gradient`."""
+
+DIVERGENCES: Final = frozenset({"hellinger", "kl"})
+"""What `linear_divergences` can compute."""
 
 # Logits up to this size go through in one piece with torch's own backward pass, which keeps them: computing them again
 # would cost more time than it is worth in memory.
@@ -44,31 +47,26 @@ def linear_functionals(
 ) -> dict[str, Float[Tensor, " position"]]:
     """Functionals of softmax(z_i) for each position, differentiable once in ``hidden``, ``weight`` and ``bias``.
 
-    ``logp`` = z_i[y_i] - lse_i, ``lse`` = log sum_v exp z_i[v], ``entropy`` = -sum_v p_i[v] log p_i[v] in nats, with z
-    as above. The matrix product runs in the autocast dtype, or else in the wider dtype of ``hidden`` and ``weight``;
-    everything after it in float32 (float64 for float64), which is also the dtype returned. ``temperature`` (one, or one
-    per position, positive) is a constant. ``chunk`` rows go through at a time; None chooses by memory.
+    ``logp`` = z_i[y_i] - lse_i, ``lse`` = log sum_v exp z_i[v], ``entropy`` = -sum_v p_i[v] log p_i[v] in nats,
+    ``collision`` = sum_v p_i[v]^2 (the chance that two draws agree), with z as above. The matrix product runs in the
+    autocast dtype, or else in the wider dtype of ``hidden`` and ``weight``; everything after it in float32 (float64 for
+    float64), which is also the dtype returned. ``temperature`` (one, or one per position, positive) is a constant.
+    ``chunk`` rows go through at a time; None chooses by memory.
 
     Raises ValueError for an unknown name.
     """
     if unknown := names - FUNCTIONALS:
         raise ValueError(f"unknown functional {min(unknown)!r} (known: {', '.join(sorted(FUNCTIONALS))})")
-    device = hidden.device.type
-    compute = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(device) and compute != torch.float64:
-        compute = torch.get_autocast_dtype(device)
-    full = torch.float64 if compute == torch.float64 else torch.float32
-    inverse = torch.as_tensor(temperature, dtype=full, device=hidden.device).reciprocal().expand(hidden.shape[0])
+    compute, full = _dtypes(hidden, weight)
+    inverse = _inverse(temperature, full, hidden)
     if chunk is None:
-        row = weight.shape[0] * full.itemsize
-        size = hidden.shape[0] * row
-        if size <= _KEEP_BYTES:
+        if hidden.shape[0] * weight.shape[0] * full.itemsize <= _KEEP_BYTES:
             z = torch.mm(hidden.to(compute), weight.to(compute).t()).to(full)
             z = z if bias is None else z + bias
             z = z if scale == 1.0 else z * scale
             z = z if softcap is None else torch.tanh(z / softcap) * softcap
             return logit_functionals(z, targets, names, temperature=temperature)
-        chunk = max(1, int(min(max(_CHUNK_BYTES, _CHUNK_SHARE * size), _CHUNK_BYTES_MOST) / row))
+        chunk = _rows_at_once(hidden, weight, full)
     ordered = tuple(sorted(names))
     layer = _Layer(compute, full, softcap, scale)
     outputs = _apply(hidden, weight, bias, targets, inverse, ordered, layer, chunk)
@@ -88,15 +86,100 @@ def logit_functionals(
     if isinstance(temperature, Tensor) or temperature != 1.0:
         z = z * torch.as_tensor(temperature, dtype=full, device=z.device).reciprocal().expand(z.shape[0])[:, None]
     found: dict[str, Tensor] = {}
-    if names & {"logp", "entropy"}:
+    if names & {"logp", "entropy", "collision"}:
         logp = z.log_softmax(-1)
         found["logp"] = logp.gather(-1, targets[:, None]).squeeze(-1)
+        if "collision" in names:
+            found["collision"] = (2 * logp).exp().sum(-1)
         if "entropy" in names:
             # A model may rule tokens out with logits of -inf; 0 * log 0 is 0.
             found["entropy"] = -(logp.exp() * logp.clamp_min(torch.finfo(full).min)).sum(-1)
     if "lse" in names:
         found["lse"] = z.logsumexp(-1)
     return {name: found[name] for name in names}
+
+
+@torch.no_grad()
+def linear_divergences(
+    hidden: Float[Tensor, "position hidden"],
+    weight: Float[Tensor, "token hidden"],
+    other_hidden: Float[Tensor, "position other_hidden"],
+    other_weight: Float[Tensor, "token other_hidden"],
+    names: frozenset[str],
+    *,
+    bias: Float[Tensor, " token"] | None = None,
+    other_bias: Float[Tensor, " token"] | None = None,
+    temperature: float | Float[Tensor, " position"] = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk: int | None = None,
+) -> dict[str, Float[Tensor, " position"]]:
+    """Divergences of p_i = softmax(z_i) and q_i = softmax(z'_i) at each position, constants, in float32 or float64.
+
+    ``hellinger`` and ``kl`` as in `logit_divergences`. Logits of both models are those of `linear_functionals`;
+    ``chunk`` rows go through at a time, so that never more than two chunks of logits are held.
+
+    Raises ValueError for an unknown name.
+    """
+    if unknown := names - DIVERGENCES:
+        raise ValueError(f"unknown divergence {min(unknown)!r} (known: {', '.join(sorted(DIVERGENCES))})")
+    compute, full = _dtypes(hidden, weight)
+    layer = _Layer(compute, full, softcap, scale)
+    inverse = _inverse(temperature, full, hidden)
+    chunk = chunk or _rows_at_once(hidden, weight, full)
+    found = {name: hidden.new_empty(hidden.shape[0], dtype=full) for name in names}
+    with torch.autocast(hidden.device.type, enabled=False):
+        w, v = weight.to(compute), other_weight.to(compute)
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            z = layer.logits(hidden[rows].to(compute), w, bias, inverse[rows])
+            other = layer.logits(other_hidden[rows].to(compute), v, other_bias, inverse[rows])
+            for name, value in logit_divergences(z, other, names).items():
+                found[name][rows] = value
+    return found
+
+
+@torch.no_grad()
+def logit_divergences(
+    logits: Float[Tensor, "position token"],
+    other: Float[Tensor, "position token"],
+    names: frozenset[str],
+    *,
+    temperature: float | Float[Tensor, " position"] = 1.0,
+) -> dict[str, Float[Tensor, " position"]]:
+    """Divergences of p = softmax(z / T) and q = softmax(z' / T), constants, in float32 (float64 for float64).
+
+    ``hellinger`` = 1 - sum_v sqrt(p_v q_v), the squared distance, in [0, 1]; ``kl`` = sum_v p_v log(p_v / q_v) in nats.
+    """
+    full = torch.promote_types(logits.dtype, torch.float32)
+    inverse = _inverse(temperature, full, logits)[:, None]
+    p, q = (z.to(full).mul(inverse).log_softmax(-1) for z in (logits, other))
+    found: dict[str, Tensor] = {}
+    if "hellinger" in names:
+        # The same as 1 - sum exp((log p + log q) / 2), but exactly 0 for equal models and precise near there.
+        found["hellinger"] = ((p / 2).exp() - (q / 2).exp()).square().sum(-1).div(2).clamp(max=1)
+    if "kl" in names:
+        # A token that the first model rules out adds nothing, whatever the second says.
+        found["kl"] = torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).clamp_min(0)
+    return found
+
+
+def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of the matrix product and of everything after it."""
+    device = hidden.device.type
+    compute = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device) and compute != torch.float64:
+        compute = torch.get_autocast_dtype(device)
+    return compute, torch.float64 if compute == torch.float64 else torch.float32
+
+
+def _inverse(temperature: float | Tensor, full: torch.dtype, rows: Tensor) -> Tensor:
+    return torch.as_tensor(temperature, dtype=full, device=rows.device).reciprocal().expand(rows.shape[0])
+
+
+def _rows_at_once(hidden: Tensor, weight: Tensor, full: torch.dtype) -> int:
+    row = weight.shape[0] * full.itemsize
+    return max(1, int(min(max(_CHUNK_BYTES, _CHUNK_SHARE * hidden.shape[0] * row), _CHUNK_BYTES_MOST) / row))
 
 
 class _Layer:
@@ -141,13 +224,16 @@ def _values(names: tuple[str, ...], z: Tensor, targets: Tensor) -> tuple[dict[st
     found = {"lse": lse, "logp": (z.gather(-1, targets[:, None]) - log_sum).squeeze(-1)}
     if "entropy" in names:
         found["entropy"] = (log_sum - torch.bmm(p[:, None], z[:, :, None])[:, 0] / total).squeeze(-1)
+    if "collision" in names:
+        found["collision"] = p.div_(total).square_().sum(-1)
     return {name: found[name] for name in names}, lse
 
 
 def _gradient(logp: Tensor, targets: Tensor, values: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> Tensor:
     """Derivative [c, V] with respect to the logits of the functionals weighted by ``grads`` [c].
 
-    d logp = 1[y] - p,  d lse = p,  d entropy = -p (log p + entropy). Overwrites ``logp`` [c, V].
+    d logp = 1[y] - p,  d lse = p,  d entropy = -p (log p + entropy),  d collision = 2 p (p - collision). Overwrites
+    ``logp`` [c, V].
     """
     p = logp.exp()
     row = torch.zeros_like(logp[:, 0])
@@ -155,11 +241,18 @@ def _gradient(logp: Tensor, targets: Tensor, values: Mapping[str, Tensor], grads
         row = row + grads["lse"]
     if "logp" in grads:
         row = row - grads["logp"]
+    if "collision" in grads:
+        row = row - 2 * grads["collision"] * values["collision"]
     if "entropy" in grads:
         row = row - grads["entropy"] * values["entropy"]
-        p.mul_(logp.mul_(-grads["entropy"][:, None]).add_(row[:, None]))
+        slope = logp.mul_(-grads["entropy"][:, None]).add_(row[:, None])
+        if "collision" in grads:
+            slope.addcmul_(p, 2 * grads["collision"][:, None])
+    elif "collision" in grads:
+        slope = torch.mul(p, 2 * grads["collision"][:, None], out=logp).add_(row[:, None])
     else:
-        p.mul_(row[:, None])
+        slope = row[:, None]
+    p.mul_(slope)
     if "logp" in grads:
         p.scatter_add_(-1, targets[:, None], grads["logp"][:, None])
     return p

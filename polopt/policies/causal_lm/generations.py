@@ -67,8 +67,9 @@ def check_request(
     entropy: bool,
     max_rows: int,
     progress: Progress | None,
+    limits: Sequence[int | None] | None = None,
 ) -> Request:
-    """Raise UsageError naming the offending prompt, count, seed vector or option, or return the request."""
+    """Raise UsageError naming the offending prompt, count, limit, seed vector or option, or return the request."""
     config = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     context = getattr(config, "max_position_embeddings", None)
@@ -106,6 +107,11 @@ def check_request(
         raise UsageError("max_new_tokens is None; a decoder needs a number")
     owner = np.repeat(np.arange(len(prompts)), np.asarray(counts, dtype=np.int64))
     rooms = np.array([context - len(p) if context is not None else budget for p in prompts], np.int64)
+    for index, limit in enumerate(limits or ()):
+        if limit is not None and limit < 1:
+            raise UsageError(f"the limit of prompt {index} is {limit} steps; it must be at least 1")
+    if limits is not None:
+        rooms = np.minimum(rooms, [budget if limit is None else limit for limit in limits])
     device = model.get_input_embeddings().weight.device
     return Request(
         prompts=[list(prompt) for prompt in prompts],

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from polopt.core.example import Example, Text
+from polopt.core.example import Example, Text, from_plain, plain
+from polopt.core.rollout import payload_kind
 
 Tokens = tuple[int, ...]
 
 
+@payload_kind("tokens")
 @dataclass(frozen=True, eq=False)
 class TokenPayload:
     """Prompts and completions of M trajectories with N completion tokens in all.
@@ -24,7 +26,8 @@ class TokenPayload:
     ``prompts`` are the distinct token prompts, each stored once; trajectory i was conditioned on
     ``prompts[prompt_of[i]]``. ``ids`` [N] are completion tokens, ``lengths`` [M] long. Trajectory i was drawn from
     softmax(logits / ``temperature[i]``). ``examples``, ``prompt_texts`` (what was tokenized) and ``completions`` (text
-    without special tokens) have one entry per trajectory. Everything is on the CPU.
+    without special tokens) have one entry per trajectory. The last ``continued[i]`` tokens of its prompt belong to its
+    answer, which it goes on with (0 for all when left out). Everything is on the CPU.
 
     Raises ValueError when the sizes disagree.
     """
@@ -37,6 +40,7 @@ class TokenPayload:
     examples: tuple[Example, ...]
     prompt_texts: tuple[Text, ...]
     completions: tuple[str, ...]
+    continued: Int[Tensor, " trajectory"] | None = None
 
     def __post_init__(self) -> None:
         count = self.lengths.numel()
@@ -57,6 +61,7 @@ class TokenPayload:
         examples: Iterable[Example],
         prompt_texts: Iterable[Text],
         texts: Iterable[str],
+        continued: Iterable[int] | None = None,
     ) -> Self:
         """A payload from one prompt, completion, example and text per trajectory; equal prompts are stored once."""
         distinct: dict[Tokens, int] = {}
@@ -71,6 +76,7 @@ class TokenPayload:
             tuple(examples),
             tuple(prompt_texts),
             tuple(texts),
+            None if continued is None else torch.tensor(list(continued), dtype=torch.int64),
         )
 
     @cached_property
@@ -80,8 +86,19 @@ class TokenPayload:
 
     @cached_property
     def completion_ids(self) -> tuple[Tokens, ...]:
-        """Tokens of each trajectory's completion."""
-        return tuple(tuple(ids.tolist()) for ids in torch.split(self.ids, self.lengths.tolist()))
+        """Tokens of each trajectory's answer, those that it goes on with included."""
+        pieces = torch.split(self.ids, self.lengths.tolist())
+        before = self.tokens_before.tolist()
+        prompts = [self.prompts[index] for index in self.prompt_of.tolist()]
+        return tuple(
+            (*prompt[len(prompt) - count :], *ids.tolist())
+            for prompt, count, ids in zip(prompts, before, pieces, strict=True)
+        )
+
+    @property
+    def tokens_before(self) -> Int[Tensor, " trajectory"]:
+        """Tokens of each prompt that belong to the answer."""
+        return torch.zeros_like(self.lengths) if self.continued is None else self.continued
 
     def select(self, trajectories: Int[Tensor, " kept"]) -> Self:
         """The entries of these trajectories, in this order; indices may repeat. Prompts nobody uses any more go."""
@@ -99,6 +116,17 @@ class TokenPayload:
             examples=tuple(self.examples[i] for i in index),
             prompt_texts=tuple(self.prompt_texts[i] for i in index),
             completions=tuple(self.completions[i] for i in index),
+            continued=None if self.continued is None else self.continued[chosen],
+        )
+
+    def join(self, later: Self) -> Self:
+        """Trajectory by trajectory, these tokens, then the later ones; texts are the later ones, which are whole."""
+        first, second = (torch.split(part.ids, part.lengths.tolist()) for part in (self, later))
+        return dataclasses.replace(
+            self,
+            ids=torch.cat([piece for pair in zip(first, second, strict=True) for piece in pair]),
+            lengths=self.lengths + later.lengths,
+            completions=later.completions,
         )
 
     def concat(self, others: Sequence[Self]) -> Self:
@@ -119,4 +147,43 @@ class TokenPayload:
             examples=tuple(example for part in parts for example in part.examples),
             prompt_texts=tuple(text for part in parts for text in part.prompt_texts),
             completions=tuple(text for part in parts for text in part.completions),
+            continued=torch.cat([part.tokens_before for part in parts]),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Prompts packed into one tensor, examples once, and a prompt's text only where it is not its example's."""
+        pool = {id(example): example for example in self.examples}
+        place = {key: index for index, key in enumerate(pool)}
+        return {
+            "prompts": torch.tensor([token for prompt in self.prompts for token in prompt], dtype=torch.int64),
+            "prompt_lengths": torch.tensor([len(prompt) for prompt in self.prompts], dtype=torch.int64),
+            "prompt_of": self.prompt_of,
+            "ids": self.ids,
+            "lengths": self.lengths,
+            "temperature": self.temperature,
+            "pool": plain(tuple(pool.values())),
+            "example_of": [place[id(example)] for example in self.examples],
+            "prompt_texts": [
+                None if text == example.prompt else text
+                for text, example in zip(self.prompt_texts, self.examples, strict=True)
+            ],
+            "completions": list(self.completions),
+            "continued": self.continued,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """The payload that was saved."""
+        pool = from_plain(state["pool"])
+        examples = tuple(pool[index] for index in state["example_of"])
+        return cls(
+            tuple(tuple(ids.tolist()) for ids in torch.split(state["prompts"], state["prompt_lengths"].tolist())),
+            state["prompt_of"],
+            state["ids"],
+            state["lengths"],
+            state["temperature"],
+            examples,
+            tuple(e.prompt if text is None else text for e, text in zip(examples, state["prompt_texts"], strict=True)),
+            tuple(state["completions"]),
+            state["continued"],
         )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -17,11 +20,19 @@ from torch.nn import Parameter
 from polopt.core.errors import UsageError
 from polopt.core.example import Example, Text
 from polopt.core.loss import Evaluation
-from polopt.core.policy import Request, Sampling
+from polopt.core.policy import OF_MODELS, Corruption, Request, Sampling
 from polopt.core.rollout import Rollout, Source
 from polopt.policies.causal_lm import decoder
+from polopt.policies.causal_lm.corruption import blank_id, corrupted, observed
 from polopt.policies.causal_lm.critic import ValueHead, load_critic, save_critic
-from polopt.policies.causal_lm.forward import Batch, OutputLayer, evaluate_batch, output_layer
+from polopt.policies.causal_lm.forward import (
+    Batch,
+    OutputLayer,
+    Weights,
+    evaluate_batch,
+    evaluate_divergences,
+    output_layer,
+)
 from polopt.policies.causal_lm.fused import FUNCTIONALS
 from polopt.policies.causal_lm.loading import (
     LoraOptions,
@@ -76,6 +87,7 @@ class CausalLM:
         self.eos_ids = _eos_ids(unwrapped(model), tokenizer)
         self._layer: OutputLayer | None = output_layer(unwrapped(model))
         self._snapshots: dict[str, Snapshot] = {}
+        self._views: dict[str, Corruption] = {}
 
     @classmethod
     def load(
@@ -114,10 +126,18 @@ class CausalLM:
         return self.dtype in (None, torch.float32) and weights in (torch.float32, torch.float64)
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence tokens."""
+        return self.eos_ids
+
+    @property
     def columns(self) -> frozenset[str]:
-        """``logp``, ``entropy``, ``lse``, ``value`` with a critic, and ``logp/<model>`` of every added model."""
+        """``logp``, ``entropy``, ``lse``, ``collision``, ``max_entropy``, ``value`` with a critic, and `OF_MODELS` of
+        every added model and view.
+        """
         values = {"value"} if self.critic is not None else set()
-        return FUNCTIONALS | values | {f"logp/{name}" for name in self._snapshots}
+        of_models = {f"{kind}/{name}" for kind in OF_MODELS for name in (*self._snapshots, *self._views)}
+        return FUNCTIONALS | {"max_entropy"} | values | of_models
 
     # --- sampling -----------------------------------------------------------------------------------------------
 
@@ -129,17 +149,18 @@ class CausalLM:
         seed: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> Rollout:
-        """One group per request; step columns ``logp``, ``entropy``, ``mask``, and ``logp/sampled`` under truncation.
+        """One group per request; step columns ``action``, ``logp``, ``entropy``, ``mask``, and ``logp/sampled`` under
+        truncation.
 
-        A trajectory depends on the weights, its prompt, ``seed``, the index of its request and its place in it alone.
-        At temperature 0 log-probs are those of temperature 1. Raises UsageError for a prompt that is empty or too long
-        (naming its example), or no request.
+        A trajectory depends on the weights, its prompt and prefix, ``seed``, the index of its request and its place in
+        it alone. At temperature 0 log-probs are those of temperature 1. Raises UsageError for a prompt that is empty or
+        too long (naming its example), or no request.
         """
         wanted = [request for request in requests for _ in range(request.count)]
         if not wanted:
             raise UsageError("nothing to sample: no request asks for a trajectory")
-        texts = [request.prompt if request.prompt is not None else request.example.prompt for request in requests]
-        prompts = [self.tokenize_prompt(text, r.example.id) for text, r in zip(texts, requests, strict=True)]
+        texts = [_prompt(request) for request in requests]
+        prompts = [self._conditioned(request) for request in requests]
         counts = [request.count for request in requests]
         owner = [index for index, count in enumerate(counts) for _ in range(count)]
         made = decoder.generate(
@@ -154,6 +175,7 @@ class CausalLM:
             max_rows=self.max_rows,
             progress=progress,
             dtype=self.dtype,
+            limits=[request.limit for request in requests],
         )
         completions = [ids.tolist() for ids in torch.split(made.ids.cpu(), made.lengths.tolist())]
         payload = TokenPayload.build(
@@ -162,21 +184,62 @@ class CausalLM:
             torch.full((len(owner),), sampling.temperature or 1.0),
             (request.example for request in wanted),
             (texts[i] for i in owner),
-            self.decode(completions),
+            self.decode([[*requests[i].prefix, *ids] for i, ids in zip(owner, completions, strict=True)]),
+            (len(requests[i].prefix) for i in owner),
         )
-        step = {"logp": made.logp, "mask": torch.ones_like(made.ids, dtype=torch.bool)}
+        step = {"action": made.ids, "logp": made.logp, "mask": torch.ones_like(made.ids, dtype=torch.bool)}
         if made.entropy is not None:
             step["entropy"] = made.entropy
         if made.logp_sampled is not None:
             step["logp/sampled"] = made.logp_sampled
-        trajectory = {
-            "truncated": made.truncated,
-            "version": torch.full_like(made.lengths, self.version),
-            "source": torch.full_like(made.lengths, int(Source.POLICY)),
-        }
+        trajectory = self._origin(made.lengths, Source.POLICY) | {"truncated": made.truncated}
         # Group ids are 0.. without gaps, whatever the requests that ask for nothing.
         group = torch.unique(torch.tensor(owner), return_inverse=True)[1].to(made.lengths.device)
         return Rollout(made.lengths, group, {"step": step, "trajectory": trajectory}, payload)
+
+    def write(self, requests: Sequence[Request], texts: Sequence[str]) -> Rollout:
+        """One trajectory per request, a group of its own, whose steps are the tokens of the text (no special ones).
+
+        Step columns ``action`` and ``mask``; raises UsageError naming the example for a text of no token, or one that
+        the context has no room for.
+        """
+        written = [list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        prompts = [self._conditioned(request) for request in requests]
+        for request, prompt, ids in zip(requests, prompts, written, strict=True):
+            if not ids:
+                raise UsageError(f"a text to write for example {request.example.id!r} is empty")
+            if self.context_length is not None and len(prompt) + len(ids) > self.context_length:
+                raise UsageError(
+                    f"a text for example {request.example.id!r} of {len(ids)} tokens after {len(prompt)} does not fit "
+                    f"into the model's context of {self.context_length} tokens"
+                )
+        payload = TokenPayload.build(
+            prompts,
+            written,
+            torch.ones(len(requests)),
+            (request.example for request in requests),
+            map(_prompt, requests),
+            self.decode([[*request.prefix, *ids] for request, ids in zip(requests, written, strict=True)]),
+            (len(request.prefix) for request in requests),
+        )
+        action, lengths = payload.ids.to(self.device), payload.lengths.to(self.device)
+        trajectory = self._origin(lengths, Source.DATASET) | {"truncated": torch.zeros_like(lengths, dtype=torch.bool)}
+        step = {"action": action, "mask": torch.ones_like(action, dtype=torch.bool)}
+        return Rollout(
+            lengths, torch.arange(len(requests)).to(lengths), {"step": step, "trajectory": trajectory}, payload
+        )
+
+    def room(self, rollout: Rollout) -> list[int]:
+        """Steps that each trajectory may still take before the context ends; 2^31 where nothing ends it."""
+        context = self.context_length
+        return [2**31 if context is None else context - used for used in self.cost(rollout)]
+
+    def _conditioned(self, request: Request) -> list[int]:
+        """Tokens of prompt and prefix."""
+        return [*self.tokenize_prompt(_prompt(request), request.example.id), *request.prefix]
+
+    def _origin(self, lengths: Tensor, source: Source) -> dict[str, Tensor]:
+        return {"version": torch.full_like(lengths, self.version), "source": torch.full_like(lengths, int(source))}
 
     def tokenize_prompt(self, text: Text, example_id: str) -> list[int]:
         """Tokens of a prompt: plain text as the tokenizer begins a text, a chat through the tokenizer's template.
@@ -194,10 +257,8 @@ class CausalLM:
                 )
             ids = []
             if text:
-                chat = [dict(message) for message in text]
-                rendered = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
                 # The template writes the special tokens itself.
-                ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+                ids = self.tokenizer(self._rendered(text), add_special_tokens=False)["input_ids"]
         if not text or not ids:
             raise UsageError(f"the prompt of example {example_id!r} is empty")
         context = self.context_length
@@ -212,6 +273,20 @@ class CausalLM:
         """Raise UsageError for the first of these examples whose prompt cannot be sampled from."""
         for example in examples:
             self.tokenize_prompt(example.prompt, example.id)
+
+    def _rendered(self, text: Text) -> str:
+        """A prompt as the string that is tokenized."""
+        if isinstance(text, str):
+            return text
+        chat = [dict(message) for message in text]
+        return cast(str, self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+
+    def _offsets(self, text: Text) -> list[tuple[int, int]]:
+        """Where the tokens of a prompt lie in its rendered string; needs a fast tokenizer."""
+        encoded = self.tokenizer(
+            self._rendered(text), add_special_tokens=isinstance(text, str), return_offsets_mapping=True
+        )
+        return [(start, end) for start, end in encoded["offset_mapping"]]
 
     def _tokenize_text(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text)["input_ids"])
@@ -238,11 +313,13 @@ class CausalLM:
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def evaluate(self, rollout: Rollout, names: frozenset[str]) -> Evaluation:
-        """The named columns [N], float32, on the rollout's device, from one forward pass per model.
+        """The named columns [N], float32, on the rollout's device.
 
-        ``logp``, ``entropy`` (nats) and ``lse`` of softmax(logits / temperature) with each trajectory's temperature,
-        ``value`` of the prefix before each step, all with gradient; ``logp/<model>`` without. Dropout is off, as it is
-        when sampling. Raises ValueError for a name that is not in `columns`.
+        ``logp``, ``entropy`` (nats), ``lse`` and ``collision`` = sum_v pi(v)^2 of pi = softmax(logits / temperature)
+        with each trajectory's temperature, ``value`` of the prefix before each step, all with gradient and from one
+        forward pass; without, the functionals of models (`polopt.core.policy.OF_MODELS`, one pass per model, and one of
+        the policy for those of two models) and ``max_entropy`` = log V. Dropout is off, as it is when sampling. Raises
+        ValueError for a name that is not in `columns`.
         """
         if unknown := sorted(names - self.columns):
             raise ValueError(
@@ -254,15 +331,61 @@ class CausalLM:
             raise TypeError(f"a language model evaluates rollouts of tokens, not of {type(payload).__name__}")
         batch = Batch.of(payload, self.device)
         found: dict[str, Tensor] = {}
-        for name in sorted(names):
-            if name.startswith("logp/"):
-                with torch.no_grad(), self._snapshots[name.removeprefix("logp/")].active(self.model) as base:
-                    of_model = evaluate_batch(base, self._layer, batch, frozenset({"logp"}), dtype=self.dtype)
-                found[name] = of_model["logp"]
+        for model in sorted({name.partition("/")[2] for name in names if "/" in name}):
+            found |= self._of_model(model, payload, names)
+        if "max_entropy" in names:
+            vocabulary = text_config(unwrapped(self.model)).vocab_size
+            found["max_entropy"] = torch.full_like(batch.temperature, math.log(vocabulary))
         if own := names - found.keys():
             base = unwrapped(self.model)
             found |= evaluate_batch(base, self._layer, batch, own, dtype=self.dtype, critic=self.critic)
         return Evaluation({name: found[name].float().to(rollout.device) for name in sorted(names)})
+
+    @torch.no_grad()
+    def _of_model(self, name: str, payload: TokenPayload, names: frozenset[str]) -> dict[str, Tensor]:
+        """The wanted functionals of one added model or view."""
+        kinds = frozenset(kind for kind in OF_MODELS if f"{kind}/{name}" in names)
+        weights: Weights = self._live
+        given = payload
+        if name in self._views:
+            given = self._corrupted(payload, self._views[name])
+        else:
+            weights = partial(self._snapshots[name].active, self.model)
+        found: dict[str, Tensor] = {}
+        if "logp" in kinds:
+            with weights() as base:
+                found = evaluate_batch(
+                    base, self._layer, Batch.of(given, self.device), frozenset({"logp"}), dtype=self.dtype
+                )
+        if divergences := kinds - {"logp"}:
+            found |= evaluate_divergences(
+                (self._live, payload),
+                (weights, given),
+                self._layer,
+                divergences,
+                dtype=self.dtype,
+                device=self.device,
+            )
+        return {f"{kind}/{name}": value for kind, value in found.items()}
+
+    def _live(self) -> AbstractContextManager[Any]:
+        """The present weights, as a snapshot gives its own."""
+        return nullcontext(unwrapped(self.model))
+
+    def _corrupted(self, payload: TokenPayload, corruption: Corruption) -> TokenPayload:
+        """The payload under corrupted prompts; members of a group share where their observation lies."""
+        known: dict[tuple[int, str], list[int]] = {}
+
+        def places(index: int) -> list[int]:
+            example, text = payload.examples[index], payload.prompt_texts[index]
+            key = (int(payload.prompt_of[index]), example.id)
+            if key not in known:
+                # The prompt's own tokens: a prefix that was written for the policy comes after them.
+                ids = self.tokenize_prompt(text, example.id)
+                known[key] = observed(self.tokenizer, self._rendered(text), ids, example, lambda: self._offsets(text))
+            return known[key]
+
+        return corrupted(payload, corruption, self.version, blank_id(self.tokenizer, corruption.blank), places)
 
     def cost(self, rollout: Rollout) -> list[int]:
         """Tokens of each trajectory, its prompt included."""
@@ -278,6 +401,18 @@ class CausalLM:
         """
         self._snapshots.pop(name, None)  # first, so that no two copies are held
         self._snapshots[name] = snapshot(self.model)
+
+    def add_view(self, name: str, corruption: Corruption) -> None:
+        """Let ``name`` stand for the present weights under a corrupted prompt (see `polopt.core.policy.Corruption`).
+
+        The observation is the first occurrence of the example's column ``observation`` in the rendered prompt, or the
+        whole prompt where the example has none; special tokens stay. Raises UsageError for the name of a model, and
+        for a blank that is not one token.
+        """
+        if name in self._snapshots:
+            raise UsageError(f"this policy has a model {name!r} already; give the view another name")
+        blank_id(self.tokenizer, corruption.blank)
+        self._views[name] = corruption
 
     def add_critic(self, folder: Path | None = None) -> None:
         """A value head on the shared trunk, 0 everywhere at first or read from where `save` wrote it.
@@ -296,16 +431,17 @@ class CausalLM:
         return [*trainable(self.model).values(), *heads]
 
     def state_dict(self) -> dict[str, Any]:
-        """``version``, trained weights, critic and added models, as a nest of tensors, numbers and names."""
+        """``version``, trained weights, critic, added models and views, as a nest of tensors, numbers and names."""
         return {
             "version": self.version,
             "model": {name: parameter.detach() for name, parameter in trainable(self.model).items()},
             "critic": None if self.critic is None else dict(self.critic.state_dict()),
             "models": {name: frozen.state_dict() for name, frozen in self._snapshots.items()},
+            "views": {name: dataclasses.asdict(view) for name, view in self._views.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict` into the same parameters; models and a critic that are not there yet are added.
+        """Restore `state_dict` into the same parameters; models, views and a critic that are not there are added.
 
         Raises UsageError naming the first weight that the state and the policy do not share.
         """
@@ -321,6 +457,8 @@ class CausalLM:
         self._snapshots = {
             name: snapshot_from_state(self.model, name, frozen) for name, frozen in state["models"].items()
         }
+        # A state from before there were views has none; the policy keeps its own then.
+        self._views |= {name: Corruption(**view) for name, view in state.get("views", {}).items()}
         self.version = int(state["version"])
 
     def save(self, folder: Path) -> None:
@@ -340,6 +478,10 @@ class CausalLM:
         self.tokenizer.save_pretrained(folder)
         if self.critic is not None:
             save_critic(self.critic, folder)
+
+
+def _prompt(request: Request) -> Text:
+    return request.prompt if request.prompt is not None else request.example.prompt
 
 
 def trajectory_seeds(seed: int, counts: Sequence[int]) -> Int[Tensor, " trajectory"]:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from polopt.core.example import Example, Text
+from polopt.core.example import Example, Text, from_plain, plain
+from polopt.core.rollout import payload_kind
 
 
+@payload_kind("sequences")
 @dataclass(frozen=True, eq=False)
 class SequencePayload:
     """M trajectories with N tokens in all.
 
     ``problem`` [M], ``lengths`` [M] and ``temperature`` [M] per trajectory, ``nodes`` and ``ids`` [N] per step.
-    ``pool`` holds the distinct examples, ``example_of`` [M] which of them each trajectory answers. Texts are made when
-    somebody reads them: a completion is its tokens with blanks between, ``"2 0 1"``.
+    ``pool`` holds the distinct examples, ``example_of`` [M] which of them each trajectory answers, ``branching`` the
+    tokens after which a sequence goes on. Texts are made when somebody reads them: a completion is its tokens with
+    blanks between, ``"2 0 1"``, those before its first step included.
     """
 
     problem: Int[Tensor, " trajectory"]
@@ -32,6 +35,7 @@ class SequencePayload:
     ids: Int[Tensor, " step"]
     pool: tuple[Example, ...]
     example_of: Int[Tensor, " trajectory"]
+    branching: int
 
     @cached_property
     def step_problem(self) -> Int[Tensor, " step"]:
@@ -55,9 +59,18 @@ class SequencePayload:
 
     @cached_property
     def completion_ids(self) -> tuple[tuple[int, ...], ...]:
-        """Tokens of each trajectory."""
-        ids, ends = self.ids.tolist(), [0, *self.lengths.cumsum(0).tolist()]
-        return tuple(tuple(ids[a:b]) for a, b in itertools.pairwise(ends))
+        """Tokens of each trajectory from the first of its sequence on, so that what it continues is judged with it."""
+        ids, nodes = self.ids.tolist(), self.nodes.tolist()
+        ends = [0, *self.lengths.cumsum(0).tolist()]
+        return tuple((*self._path(nodes[a]), *ids[a:b]) for a, b in itertools.pairwise(ends))
+
+    def _path(self, node: int) -> list[int]:
+        """The tokens that lead to a node."""
+        path = []
+        while node:
+            node, token = divmod(node - 1, self.branching)
+            path.append(token)
+        return path[::-1]
 
     @cached_property
     def completions(self) -> tuple[str, ...]:
@@ -85,6 +98,18 @@ class SequencePayload:
             example_of=self.example_of[chosen],
         )
 
+    def join(self, later: Self) -> Self:
+        """Trajectory by trajectory, these steps and then the later ones."""
+        # A stable sort by trajectory puts the later steps of each behind its earlier ones.
+        owner = torch.cat([torch.arange(len(part.lengths)).repeat_interleave(part.lengths) for part in (self, later)])
+        order = owner.argsort(stable=True)
+        return dataclasses.replace(
+            self,
+            lengths=self.lengths + later.lengths,
+            nodes=torch.cat([self.nodes, later.nodes])[order],
+            ids=torch.cat([self.ids, later.ids])[order],
+        )
+
     def concat(self, others: Sequence[Self]) -> Self:
         """This payload followed by the others."""
         parts = (self, *others)
@@ -108,3 +133,13 @@ class SequencePayload:
             pool=tuple(examples),
             example_of=torch.cat(owners),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fields; examples as plain values."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"pool": plain(self.pool)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """The payload that was saved."""
+        known = {f.name: state[f.name] for f in dataclasses.fields(cls)}
+        return cls(**{**known, "pool": from_plain(state["pool"])})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
@@ -17,7 +19,7 @@ from torch.nn import Parameter
 from polopt.core.errors import UsageError
 from polopt.core.example import Example
 from polopt.core.loss import Evaluation
-from polopt.core.policy import Request, Sampling
+from polopt.core.policy import OF_MODELS, Corruption, Request, Sampling
 from polopt.core.rollout import Rollout, Source
 from polopt.policies.exact import heads, tree
 from polopt.policies.exact.payload import SequencePayload
@@ -67,6 +69,7 @@ class ExactPolicy:
         self.logits = Parameter(start.to(dtype, copy=True))
         self.values: Parameter | None = None
         self._models: dict[str, Tensor] = {}
+        self._views: dict[str, Corruption] = {}
 
     # --- the distribution ---------------------------------------------------------------------------------------
 
@@ -94,10 +97,18 @@ class ExactPolicy:
         return True
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The end token, where the space has one."""
+        return (self.space.vocabulary - 1,) if self.space.end else ()
+
+    @property
     def columns(self) -> frozenset[str]:
-        """``logp``, ``entropy``, ``lse``, ``value`` with a critic, and ``logp/<model>`` of every added model."""
+        """``logp``, ``entropy``, ``lse``, ``collision``, ``max_entropy``, ``value`` with a critic, and `OF_MODELS` of
+        every added model and view.
+        """
         values = {"value"} if self.values is not None else set()
-        return frozenset({"logp", "entropy", "lse"} | values | {f"logp/{name}" for name in self._models})
+        of_models = {f"{kind}/{name}" for kind in OF_MODELS for name in (*self._models, *self._views)}
+        return frozenset({"logp", "entropy", "lse", "collision", "max_entropy"} | values | of_models)
 
     def sample(
         self,
@@ -107,12 +118,13 @@ class ExactPolicy:
         seed: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> Rollout:
-        """One group per request; step columns ``logp``, ``entropy``, ``mask``, and ``logp/sampled`` under truncation.
+        """One group per request; step columns ``action``, ``logp``, ``entropy``, ``mask``, and ``logp/sampled`` under
+        truncation.
 
-        A trajectory depends on the logits of its problem, ``seed``, the index of its request and its place in it alone.
-        Log-probs are those of the temperature (of 1 at temperature 0). ``truncated`` are those that the limit cut, or
-        in a space with an end token its length. Raises UsageError for an example without a problem of this policy, a
-        prompt other than the example's, stop strings, or no request.
+        A trajectory depends on the logits of its problem, its prefix, ``seed``, the index of its request and its place
+        in it alone. Log-probs are those of the temperature (of 1 at temperature 0). ``truncated`` are those that the
+        limit cut, or in a space with an end token its length. Raises UsageError for an example without a problem of
+        this policy, a prompt other than the example's, a prefix that is whole already, stop strings, or no request.
         """
         counts = torch.tensor([request.count for request in requests], dtype=torch.int64)
         if not int(counts.sum()):
@@ -126,11 +138,16 @@ class ExactPolicy:
                     f"another prompt"
                 )
         problem = torch.tensor([self._problem(request.example) for request in requests])
+        start = torch.tensor([self.space.node_of(request.prefix) for request in requests])
+        longest = min(sampling.max_new_tokens or self.space.length, self.space.length)
+        limits = torch.tensor(
+            [longest if request.limit is None else min(request.limit, longest) for request in requests]
+        )
         owner = torch.arange(len(requests)).repeat_interleave(counts)
         place = torch.arange(len(owner)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         # A hash of (seed, request, place), 52 bits at each stage.
         seeds = _hash(_hash(torch.tensor(seed), owner), place)
-        nodes, ids, lengths, cut = self._draw(problem[owner], seeds, sampling)
+        nodes, ids, lengths, cut = self._draw(problem[owner], start[owner], limits[owner], seeds, sampling)
         if progress is not None:
             progress(len(owner), len(owner))
         written = torch.arange(nodes.shape[1])[None] < lengths[:, None]
@@ -142,6 +159,7 @@ class ExactPolicy:
             ids[written],
             tuple(request.example for request in requests),
             owner,
+            self.space.branching,
         )
         # Group ids are 0.. without gaps, whatever the requests that ask for nothing.
         return self._rollout(payload, torch.unique(owner, return_inverse=True)[1], cut, sampling)
@@ -151,7 +169,8 @@ class ExactPolicy:
         problem = torch.arange(self.problems).repeat_interleave(count)
         place = torch.arange(count).repeat(self.problems)
         seeds = _hash(_hash(torch.tensor(seed), problem), place)
-        nodes, ids, lengths, _ = self._draw(problem, seeds, Sampling(temperature=temperature))
+        root, limits = torch.zeros_like(problem), torch.full_like(problem, self.space.length)
+        nodes, ids, lengths, _ = self._draw(problem, root, limits, seeds, Sampling(temperature=temperature))
         last = (lengths - 1)[:, None]
         found = self.space.sequence_of(nodes.gather(1, last), ids.gather(1, last))
         return found.view(self.problems, count)
@@ -178,24 +197,21 @@ class ExactPolicy:
             self.space.sequences[sequence][mask],
             pool,
             problem,
+            self.space.branching,
         )
         return self._rollout(payload, group, self.space.truncated[sequence], Sampling())
 
     def _rollout(self, payload: SequencePayload, group: Tensor, cut: Tensor, sampling: Sampling) -> Rollout:
         with torch.no_grad():
             found = self._functionals(payload, frozenset({"logp", "entropy"}))
-        step = {"logp": found["logp"], "entropy": found["entropy"], "mask": torch.ones_like(payload.ids).bool()}
+        step = {"action": payload.ids, "mask": torch.ones_like(payload.ids).bool(), **found}
         if (kept := self._kept(sampling)) is not None:
             flat = payload.step_problem * self.space.n_nodes + payload.nodes
             total = kept.sum(-1)[flat]
             if sampling.temperature == 0:
                 total = kept[flat, payload.ids]
             step["logp/sampled"] = kept[flat, payload.ids].log() - total.log()
-        trajectory = {
-            "truncated": cut,
-            "version": torch.full_like(payload.lengths, self.version),
-            "source": torch.full_like(payload.lengths, int(Source.POLICY)),
-        }
+        trajectory = self._origin(payload.lengths, Source.POLICY) | {"truncated": cut}
         return Rollout(payload.lengths, group, {"step": step, "trajectory": trajectory}, payload)
 
     @torch.no_grad()
@@ -207,10 +223,13 @@ class ExactPolicy:
         return chance.masked_fill(~kept_tokens(chance, sampling), 0.0)
 
     @torch.no_grad()
-    def _draw(self, problem: Tensor, seeds: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Nodes and tokens [M, H], lengths [M], and which trajectories a limit cut [M]."""
+    def _draw(
+        self, problem: Tensor, start: Tensor, limits: Tensor, seeds: Tensor, sampling: Sampling
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Nodes and tokens [M, H], lengths [M], and which trajectories a limit cut [M], from the nodes ``start``."""
         space = self.space
-        limit = min(sampling.max_new_tokens or space.length, space.length)
+        room = space.length - space.depths[start]
+        limits = torch.minimum(limits, room)
         table = self.table().flatten(0, 1)
         if sampling.temperature == 0:
             cumulative = torch.nn.functional.one_hot(table.argmax(-1), space.vocabulary).cumsum(-1).to(table)
@@ -218,23 +237,63 @@ class ExactPolicy:
             kept = self._kept(sampling)
             chance = (table / sampling.temperature).softmax(-1) if kept is None else kept
             cumulative = chance.cumsum(-1, dtype=torch.float64)
-        nodes = torch.zeros(len(problem), limit, dtype=torch.int64)
+        most = int(limits.max())
+        nodes = torch.zeros(len(problem), most, dtype=torch.int64)
         ids = torch.zeros_like(nodes)
         lengths = torch.zeros_like(problem)
         ends = torch.tensor([*sampling.stop_ids, *([space.end_token] if space.end else [])], dtype=torch.int64)
-        alive = torch.arange(len(problem))
-        node = torch.zeros_like(problem)
-        for depth in range(limit):
-            below = cumulative[problem[alive] * space.n_nodes + node]
-            uniform = uniforms(seeds[alive], torch.full_like(alive, depth))
-            token = (below <= (uniform * below[:, -1])[:, None]).sum(-1).clamp_(max=space.vocabulary - 1)
-            nodes[alive, depth], ids[alive, depth] = node, token
-            lengths[alive] += 1
-            going = ~torch.isin(token, ends)
-            alive, node = alive[going], space.child(node, token)[going]
         cut = torch.zeros_like(problem, dtype=torch.bool)
-        cut[alive] = space.end or limit < space.length
+        alive, node = torch.arange(len(problem)), start
+        for step in range(most):
+            below = cumulative[problem[alive] * space.n_nodes + node]
+            uniform = uniforms(seeds[alive], torch.full_like(alive, step))
+            token = (below <= (uniform * below[:, -1])[:, None]).sum(-1).clamp_(max=space.vocabulary - 1)
+            nodes[alive, step], ids[alive, step] = node, token
+            lengths[alive] += 1
+            ended, full = torch.isin(token, ends), limits[alive] == step + 1
+            # A space without an end token ends at its length, not by a limit.
+            cut[alive] = ~ended & full & (space.end | (limits < room)[alive])
+            going = ~ended & ~full
+            alive, node = alive[going], space.child(node, token)[going]
         return nodes, ids, lengths, cut
+
+    def write(self, requests: Sequence[Request], texts: Sequence[str]) -> Rollout:
+        """One trajectory per request, a group of its own, whose steps are the tokens of the text (``"2 0 1"``).
+
+        Step columns ``action`` and ``mask``; raises UsageError naming the example for a text that the space does not
+        have after the request's prefix.
+        """
+        nodes, ids = [], []
+        for request, text in zip(requests, texts, strict=True):
+            written = [int(token) if token.isdecimal() else -1 for token in text.split()]
+            if not written:
+                raise UsageError(f"a text to write for example {request.example.id!r} is empty")
+            path = [*request.prefix, *written]
+            nodes += [self.space.node_of(path[: len(request.prefix) + step]) for step in range(len(written))]
+            ids.append(torch.tensor(written))
+            if not 0 <= min(written) <= max(written) < self.space.vocabulary:
+                raise UsageError(f"the text {text!r} for example {request.example.id!r} has a token outside the space")
+        lengths = torch.tensor([len(written) for written in ids])
+        payload = SequencePayload(
+            torch.tensor([self._problem(request.example) for request in requests]),
+            lengths,
+            torch.ones(len(requests), dtype=self.logits.dtype),
+            torch.tensor(nodes),
+            torch.cat(ids),
+            tuple(request.example for request in requests),
+            torch.arange(len(requests)),
+            self.space.branching,
+        )
+        step = {"action": payload.ids, "mask": torch.ones_like(payload.ids).bool()}
+        trajectory = self._origin(lengths, Source.DATASET) | {"truncated": torch.zeros_like(lengths).bool()}
+        return Rollout(lengths, torch.arange(len(requests)), {"step": step, "trajectory": trajectory}, payload)
+
+    def room(self, rollout: Rollout) -> list[int]:
+        """Steps that each trajectory may still take before the space ends; prefixes are not counted."""
+        return [self.space.length - int(length) for length in rollout.lengths]
+
+    def _origin(self, lengths: Tensor, source: Source) -> dict[str, Tensor]:
+        return {"version": torch.full_like(lengths, self.version), "source": torch.full_like(lengths, int(source))}
 
     def _problem(self, example: Example) -> int:
         given = example.columns.get("problem", example.id)
@@ -254,9 +313,10 @@ class ExactPolicy:
     def evaluate(self, rollout: Rollout, names: frozenset[str]) -> Evaluation:
         """The named columns [N], in the policy's dtype.
 
-        ``logp``, ``entropy`` (nats) and ``lse`` of softmax(logits / temperature) with each trajectory's temperature,
-        ``value`` of the prefix before each step, all with gradient; ``logp/<model>`` without. Raises ValueError for a
-        name that is not in `columns`.
+        ``logp``, ``entropy`` (nats), ``lse`` and ``collision`` = sum_v pi(v)^2 of pi = softmax(logits / temperature)
+        with each trajectory's temperature, ``value`` of the prefix before each step, all with gradient; without, the
+        functionals of models (`polopt.core.policy.OF_MODELS`) and ``max_entropy`` = log V. Raises ValueError for a name
+        that is not in `columns`.
         """
         if unknown := sorted(names - self.columns):
             raise ValueError(
@@ -288,12 +348,24 @@ class ExactPolicy:
                 found[name] = -(logp.exp() * logp).sum(-1)
             elif name == "lse":
                 found[name] = own.logsumexp(-1)
+            elif name == "collision":
+                found[name] = own.softmax(-1).square().sum(-1)
+            elif name == "max_entropy":
+                found[name] = torch.full_like(own[:, 0].detach(), math.log(self.space.vocabulary))
             elif name == "value":
                 assert self.values is not None
                 found[name] = self.values[:, self.rows].flatten()[place]
             else:
-                found[name] = chosen(steps(self._models[name.removeprefix("logp/")]))
+                kind, _, model = name.partition("/")
+                seen = model in self._views
+                other = self._blind(payload.nodes, temperature) if seen else steps(self._models[model])
+                found[name] = chosen(other) if kind == "logp" else _divergence(kind, own.detach(), other)
         return found
+
+    @torch.no_grad()
+    def _blind(self, nodes: Tensor, temperature: Tensor) -> Tensor:
+        """log of the mean over problems of pi_b(token | node) at each step, [N, V]."""
+        return (self.table()[:, nodes] / temperature).log_softmax(-1).logsumexp(0) - math.log(self.problems)
 
     def cost(self, rollout: Rollout) -> list[int]:
         """Tokens of each trajectory; a prompt costs nothing."""
@@ -312,6 +384,21 @@ class ExactPolicy:
             raise UsageError(f"model {name!r} needs a table of logits of shape {shape}, got {tuple(frozen.shape)}")
         self._models[name] = frozen.detach().to(self.logits.dtype, copy=True)
 
+    def add_view(self, name: str, corruption: Corruption) -> None:
+        """Let ``name`` stand for the present policy with its prompt removed: m(v | prefix) = mean_b pi_b(v | prefix).
+
+        A prompt is one symbol here, the number of a problem, and the view always removes it: of ``corruption``
+        nothing else is used. Raises UsageError for the name of a model.
+        """
+        if name in self._models:
+            raise UsageError(f"this policy has a model {name!r} already; give the view another name")
+        self._views[name] = corruption
+
+    @property
+    def models(self) -> frozenset[str]:
+        """Names of the added models, views left out."""
+        return frozenset(self._models)
+
     def model(self, name: str) -> Float[Tensor, "problem node token"]:
         """The logits [B, K, V] of an added model."""
         if name not in self._models:
@@ -328,21 +415,23 @@ class ExactPolicy:
         return [self.logits] if self.values is None else [self.logits, self.values]
 
     def state_dict(self) -> dict[str, Any]:
-        """``version``, logits, critic and added models."""
+        """``version``, logits, critic, added models and the settings of views."""
         return {
             "version": self.version,
             "logits": self.logits.detach(),
             "values": None if self.values is None else self.values.detach(),
             "models": dict(self._models),
+            "views": {name: dataclasses.asdict(view) for name, view in self._views.items()},
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`; models and a critic that are not there yet are added.
+        """Restore `state_dict`; models, views and a critic that are not there yet are added.
 
         Raises UsageError when the state is not of a policy of this shape.
         """
-        if odd := sorted({"version", "logits", "values", "models"} ^ set(state)):
+        # A state from before there were views has none; the policy keeps its own then.
+        if odd := sorted({"version", "logits", "values", "models"} ^ (set(state) - {"views"})):
             raise UsageError(f"the state is not that of an exact policy: {odd[0]!r} is missing or unknown")
         if state["logits"].shape != self.logits.shape:
             raise UsageError(
@@ -358,6 +447,7 @@ class ExactPolicy:
         self._models = {}
         for name, table in state["models"].items():
             self.add_model(name, table)
+        self._views |= {name: Corruption(**view) for name, view in state.get("views", {}).items()}
         self.version = int(state["version"])
 
     def save(self, folder: Path) -> None:
@@ -405,6 +495,15 @@ def example_of(problem: int, name: str = "") -> Example:
     """The plain example that asks for a problem."""
     identity = f"{name}/{problem}" if name else str(problem)
     return Example(identity, f"problem {problem}", columns={"problem": problem})
+
+
+def _divergence(kind: str, own: Tensor, other: Tensor) -> Tensor:
+    """``hellinger`` or ``kl`` [N] of softmax(own) and softmax(other), [N, V] each."""
+    p, q = own.log_softmax(-1), other.log_softmax(-1)
+    if kind == "kl":
+        return (p.exp() * (p - q)).sum(-1).clamp_min(0)
+    # 1 - sum sqrt(p q), in the form that is exactly 0 for equal models.
+    return ((p / 2).exp() - (q / 2).exp()).square().sum(-1).div(2).clamp(max=1)
 
 
 def _hash(seed: Tensor, number: Tensor) -> Tensor:

@@ -153,6 +153,22 @@ class SequenceSpace:
         """The node after a token that does not end the sequence; only meaningful above depth H-1."""
         return node * self.branching + 1 + token
 
+    def node_of(self, prefix: Sequence[int]) -> int:
+        """The node after these tokens.
+
+        Raises UsageError where they are no prefix of the space: a token outside it, an end, or nothing left to choose.
+        """
+        node = 0
+        for token in prefix:
+            if not 0 <= token < self.branching:
+                raise UsageError(
+                    f"prefix {tuple(prefix)} has the token {token}; a sequence goes on after 0 .. {self.branching - 1}"
+                )
+            node = node * self.branching + 1 + token
+        if len(prefix) >= self.length:
+            raise UsageError(f"prefix {tuple(prefix)} fills the {self.length} tokens of the space; nothing can follow")
+        return node
+
     def sequence_of(self, node: Int[Tensor, "*any"], token: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:
         """Number of the sequence that choosing ``token`` at ``node`` completes, -1 where it completes none."""
         deepest = self.starts[self.length - 1]

@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from polopt.policies.causal_lm.fused import FUNCTIONALS, linear_functionals
+from polopt.policies.causal_lm.fused import (
+    DIVERGENCES,
+    FUNCTIONALS,
+    linear_divergences,
+    linear_functionals,
+    logit_divergences,
+)
 
 
 def plain(
@@ -32,6 +38,7 @@ def plain(
         "logp": logp[torch.arange(len(targets)), targets],
         "entropy": torch.distributions.Categorical(logits=logits).entropy(),
         "lse": logits.logsumexp(-1),
+        "collision": logp.exp().square().sum(-1),
     }
 
 
@@ -61,7 +68,7 @@ def test_values_and_gradients_equal_plain_torch(options: dict, with_bias: bool, 
     hidden, weight, targets = problem()
     bias = torch.linspace(-1, 1, 11, dtype=torch.float64) if with_bias else None
     inputs = [x for x in (hidden, weight, bias) if x is not None]
-    mix = torch.randn(3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mix = torch.randn(len(FUNCTIONALS), 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gradients = []
     for function, extra in ((plain, {}), (linear_functionals, {"names": FUNCTIONALS, "chunk": chunk})):
         for x in inputs:
@@ -195,3 +202,55 @@ def test_memory_beyond_inputs_outputs_and_gradients_is_a_few_chunks() -> None:
         shares[name] = (tracker.peak - gradients) / materialised
     assert shares["plain"] > 2  # the tracker sees what is there
     assert shares["fused"] < 0.15
+
+
+# --- two models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3, 100])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_divergences_equal_their_definitions(options: dict, with_bias: bool, chunk: int | None) -> None:
+    hidden, weight, targets = problem()
+    # The other model may have another width.
+    generator = torch.Generator().manual_seed(2)
+    other = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    other_weight = torch.randn(11, 3, generator=generator, dtype=torch.float64)
+    bias = torch.linspace(-1, 1, 11, dtype=torch.float64) if with_bias else None
+    every = [torch.full_like(targets, token) for token in range(11)]
+    p = torch.stack([plain(hidden, weight, t, bias=bias, **options)["logp"].exp() for t in every], dim=1)
+    q = torch.stack([plain(other, other_weight, t, **options)["logp"].exp() for t in every], dim=1)
+    found = linear_divergences(
+        hidden.requires_grad_(), weight, other, other_weight, DIVERGENCES, bias=bias, chunk=chunk, **options
+    )
+    assert found.keys() == DIVERGENCES and not any(value.requires_grad for value in found.values())
+    torch.testing.assert_close(found["hellinger"], 1 - (p * q).sqrt().sum(-1), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(found["kl"], torch.nn.functional.kl_div(q.log(), p, reduction="none").sum(-1))
+
+
+def test_equal_models_are_at_distance_zero_and_disjoint_ones_at_one() -> None:
+    hidden, weight, _ = problem(dtype=torch.float32)
+    same = linear_divergences(hidden, weight, hidden, weight, DIVERGENCES, chunk=2)
+    assert not same["hellinger"].any() and not same["kl"].any()
+    certain = torch.tensor([[100.0, -100.0], [-torch.inf, 0.0]])
+    apart = logit_divergences(certain, certain.flip(1), DIVERGENCES)
+    torch.testing.assert_close(apart["hellinger"], torch.ones(2))
+    torch.testing.assert_close(apart["kl"], torch.tensor([200.0, torch.inf]))
+    # A token that both rule out costs nothing.
+    ruled_out = torch.tensor([[0.0, 0.0, -torch.inf]])
+    both = logit_divergences(ruled_out, ruled_out, DIVERGENCES)
+    assert not both["hellinger"].any() and not both["kl"].any()
+
+
+def test_an_unknown_divergence_is_named() -> None:
+    hidden, weight, _ = problem()
+    with pytest.raises(ValueError, match="unknown divergence 'tv'"):
+        linear_divergences(hidden, weight, hidden, weight, frozenset({"tv"}))
+
+
+def test_two_models_take_a_few_chunks_of_memory() -> None:
+    hidden, weight, _ = problem(512, 32_000, 16, torch.float32)
+    other = weight + 0.1
+    with LiveBytes() as tracker:
+        linear_divergences(hidden, weight, hidden, other, DIVERGENCES, chunk=16)
+    assert tracker.peak / (512 * 32_000 * 4) < 0.3

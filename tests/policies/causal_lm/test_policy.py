@@ -21,7 +21,7 @@ from polopt.policies.causal_lm.policy import CausalLM, trajectory_seeds
 from polopt.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.policies.causal_lm.models import BOS, EOS, byte_tokenizer, tiny, token_rollout
 
-ALL = frozenset({"logp", "entropy", "lse"})
+ALL = frozenset({"logp", "entropy", "lse", "collision"})
 FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3": {},
     "Llama": {"tie_word_embeddings": True},
@@ -50,13 +50,14 @@ def plain(model: Any, rollout: Rollout) -> dict[str, Tensor]:
     """One unpadded row at a time through the model's own forward, in its dtype."""
     payload = rollout.payload
     assert isinstance(payload, TokenPayload)
-    columns: dict[str, list[Tensor]] = {"logp": [], "entropy": [], "lse": []}
+    columns: dict[str, list[Tensor]] = {"logp": [], "entropy": [], "lse": [], "collision": []}
     for i, completion in enumerate(payload.completion_ids):
         prompt = payload.prompts[int(payload.prompt_of[i])]
         logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0]
         for t, token in enumerate(completion):
             z = logits[len(prompt) - 1 + t] / float(payload.temperature[i])
             columns["lse"].append(z.logsumexp(-1))
+            columns["collision"].append(z.softmax(-1).square().sum())
             columns["logp"].append(z.log_softmax(-1)[token])
             columns["entropy"].append(-(z.softmax(-1) * z.log_softmax(-1)).sum())
     return {name: torch.stack(values) for name, values in columns.items()}
@@ -490,7 +491,7 @@ def test_a_rollout_has_its_columns_groups_and_texts() -> None:
     requests = [ask("plain", "1", 2), ask("none", "2", 0), ask("replaced", "3", 1, chat)]
     rollout = one.sample(requests, SHORT, seed=0)
     assert rollout.group.tolist() == [0, 0, 1]
-    assert set(rollout.names()) == {"logp", "entropy", "mask", "truncated", "version", "source"}
+    assert set(rollout.names()) == {"action", "logp", "entropy", "mask", "truncated", "version", "source"}
     assert rollout.mask.all()
     assert rollout["version"].tolist() == [3] * 3
     assert rollout["source"].tolist() == [Source.POLICY] * 3

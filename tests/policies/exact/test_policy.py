@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from polopt.core.errors import UsageError
 from polopt.core.example import Example
-from polopt.core.policy import Request, Sampling
+from polopt.core.policy import Corruption, Request, Sampling
 from polopt.core.rollout import Rollout, Source
 from polopt.policies.exact import HEADS, ExactPolicy, SequencePayload, SequenceSpace
 from polopt.policies.exact.policy import example_of
@@ -94,7 +95,7 @@ def test_columns_of_a_sample() -> None:
     policy.version = 5
     rollout = policy.sample(requests([30, 0, 30]), Sampling(), seed=0)
     assert rollout.n_groups == 2 and rollout.n_trajectories == 60
-    assert set(rollout.names()) == {"logp", "entropy", "mask", "truncated", "version", "source"}
+    assert set(rollout.names()) == {"action", "logp", "entropy", "mask", "truncated", "version", "source"}
     assert rollout.logp.dtype == torch.float64
     assert rollout.mask.all()
     assert (rollout["version"] == 5).all() and (rollout["source"] == int(Source.POLICY)).all()
@@ -327,3 +328,84 @@ def test_logits_are_copied() -> None:
     with torch.no_grad():
         policy.logits += 1
     assert not logits.any()
+
+
+# --- functionals of two distributions, and views ----------------------------------------------------------------------
+
+
+def test_collision_against_its_definition_and_finite_differences() -> None:
+    policy = random_policy(SPACE)
+    rollout = policy.sample(requests([6, 6]), Sampling(temperature=0.7), seed=0)
+    payload = rollout.payload
+    assert isinstance(payload, SequencePayload)
+    found = policy.evaluate(rollout, frozenset({"collision"}))["collision"]
+    for step in range(rollout.n_steps):
+        row = policy.logits[payload.step_problem[step], payload.nodes[step]].detach().div(0.7).softmax(-1)
+        torch.testing.assert_close(found[step].detach(), sum(chance**2 for chance in row))
+    (slope,) = torch.autograd.grad(found.sum(), policy.logits)
+    for index in ((0, 0, 0), (1, 0, 2)):
+        values = []
+        for sign in (1, -1):
+            moved = random_policy(SPACE)
+            with torch.no_grad():
+                moved.logits[index] += sign * 1e-6
+            values.append(float(moved.evaluate(rollout, frozenset({"collision"}))["collision"].detach().sum()))
+        assert float(slope[index]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_distances_to_a_model(temperature: float) -> None:
+    policy, other = random_policy(SPACE), random_policy(SPACE, seed=9)
+    policy.add_model("other", other.table())
+    policy.add_model("same")
+    rollout = policy.sample(requests([6, 6]), Sampling(temperature=temperature), seed=0)
+    payload = rollout.payload
+    assert isinstance(payload, SequencePayload)
+    names = frozenset({"hellinger/other", "kl/other", "hellinger/same", "kl/same", "max_entropy"})
+    found = policy.evaluate(rollout, names)
+    assert not any(found[name].requires_grad for name in names)
+    for step in range(rollout.n_steps):
+        b, k = payload.step_problem[step], payload.nodes[step]
+        p, q = ((one.logits[b, k].detach() / temperature).softmax(-1).tolist() for one in (policy, other))
+        hellinger = 1 - sum(math.sqrt(x * y) for x, y in zip(p, q, strict=True))
+        kl = sum(x * math.log(x / y) for x, y in zip(p, q, strict=True))
+        assert float(found["hellinger/other"][step]) == pytest.approx(hellinger, abs=1e-12)
+        assert float(found["kl/other"][step]) == pytest.approx(kl, abs=1e-12)
+    assert not found["hellinger/same"].any() and not found["kl/same"].any()
+    torch.testing.assert_close(found["max_entropy"], torch.full_like(rollout.logp, math.log(3)))
+
+
+def test_a_view_is_the_present_policy_without_its_prompt() -> None:
+    policy = random_policy(SPACE)
+    policy.add_view("blind", Corruption())
+    rollout = policy.sample(requests([6, 6]), Sampling(temperature=0.5), seed=0)
+    payload = rollout.payload
+    assert isinstance(payload, SequencePayload)
+    with torch.no_grad():
+        policy.logits += torch.arange(3)  # a view follows the weights
+    found = policy.evaluate(rollout, frozenset({"logp/blind", "kl/blind"}))
+    for step in range(rollout.n_steps):
+        k, token = int(payload.nodes[step]), int(payload.ids[step])
+        rows = (policy.logits[:, k].detach() / 0.5).softmax(-1)
+        mean = rows.mean(0)
+        assert float(found["logp/blind"][step]) == pytest.approx(math.log(float(mean[token])), abs=1e-12)
+        p = rows[payload.step_problem[step]]
+        assert float(found["kl/blind"][step]) == pytest.approx(float((p * (p / mean).log()).sum()), abs=1e-12)
+    assert not found["logp/blind"].requires_grad
+    assert policy.models == frozenset() and policy.state_dict()["models"] == {}
+
+    other = random_policy(SPACE, seed=3)
+    other.load_state_dict(policy.state_dict())
+    again = other.evaluate(rollout, frozenset({"logp/blind"}))
+    assert torch.equal(again["logp/blind"], found["logp/blind"])
+    # A state without views leaves those that are there.
+    other.load_state_dict({n: v for n, v in policy.state_dict().items() if n != "views"})
+    assert "logp/blind" in other.columns
+
+    alone = ExactPolicy(SPACE, 1, policy.logits[:1].detach())
+    alone.add_view("blind", Corruption())
+    one = alone.sample([Request(example_of(0), 5)], Sampling(), seed=0)
+    torch.testing.assert_close(alone.evaluate(one, frozenset({"logp/blind"}))["logp/blind"], one.logp)
+    alone.add_model("ref")
+    with pytest.raises(UsageError, match="has a model 'ref' already"):
+        alone.add_view("ref", Corruption())

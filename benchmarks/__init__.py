@@ -1,0 +1,1 @@
+"""Benchmarks against peers and against what the machine can do: ``python -m benchmarks``."""

@@ -1,0 +1,73 @@
+"""``python -m benchmarks [--only NAME] [--json FILE] [--rounds N] [--list]``"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Final
+
+MODULES: Final = ("grpo_step", "generation", "log_probs", "credit")
+
+
+def main() -> int:
+    """Run the chosen benchmarks one after the other, print a table as they finish, write JSON where asked to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="run this one (repeatable)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write one object per row")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measured rounds of each contender")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    given = parser.parse_args()
+    known = _known()
+    if given.list:
+        print("\n".join(known))
+        return 0
+    if unknown := [name for name in given.only if name not in known]:
+        parser.error(f"there is no benchmark {unknown[0]!r}; there are {', '.join(known)}")
+    if given.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {given.rounds}")
+    _quiet()
+    from benchmarks.machine import describe
+
+    print(f"{date.today()}  " + "  ".join(f"{name} {value}" for name, value in describe().items()), flush=True)
+    rows = []
+    for name in given.only or known:
+        print(f"{name} ...", end=" ", flush=True)
+        row = known[name](name, given.rounds)
+        rows.append(row)
+        verdict = "reached" if row.ratio >= row.goal else f"{row.ratio / row.goal - 1:+.0%} of the goal"
+        print(
+            f"{row.ratio:.2f}x [{row.ratio_low:.2f}, {row.ratio_high:.2f}] of {row.peer}; goal {row.goal:g}x: {verdict}; "
+            f"{row.seconds:.3g} s, {row.share_of_limit:.0%} of the limit",
+            flush=True,
+        )
+        for label, value in row.more.items():
+            print(f"    {label}: {value:,.4g}" if isinstance(value, float) else f"    {label}: {value}", flush=True)
+        if given.json:
+            given.json.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+    return 0
+
+
+def _known() -> dict[str, Callable[[str, int], object]]:
+    found = {}
+    for module in (importlib.import_module(f"benchmarks.{name}") for name in MODULES):
+        found |= dict.fromkeys(module.CASES, module.run)
+    return found
+
+
+def _quiet() -> None:
+    """Peers' notices do not belong into the table."""
+    os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"})
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
