@@ -43,7 +43,7 @@ def method(
     inherited: dict[str, Any] = {} if base is None else {slot: getattr(base, slot) for slot in SLOTS}
     made = Method(
         slug=slug,
-        family=module.split(".")[2] if in_package else "user",
+        family=module.split(".")[2].replace("_", "-") if in_package else "user",
         seed=seed,
         paper=paper,
         doc=str(caller.get("__doc__") or ""),

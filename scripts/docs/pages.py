@@ -220,7 +220,7 @@ def _value(value: Any) -> str:
 
 def source_of(method: Method) -> str:
     """The method's file below the repository."""
-    return f"polopt/methods/{method.family}/{method.slug.replace('-', '_')}.py"
+    return f"polopt/methods/{method.family.replace('-', '_')}/{method.slug.replace('-', '_')}.py"
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------

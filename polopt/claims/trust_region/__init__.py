@@ -1,0 +1,1 @@
+"""Claims of the trust-region papers."""

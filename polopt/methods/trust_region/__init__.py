@@ -1,0 +1,1 @@
+"""Methods of ratios, clipping, entropy and off-policy data."""
