@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from polopt.core.loss import Evaluation
 from polopt.core.method import Method
 from polopt.core.part import declared
-from polopt.core.rollout import Rollout
+from polopt.core.rollout import Rollout, Source
 
 NOW = "now/"
 
@@ -110,13 +110,20 @@ def make_column(name: str, layout: Layout, generator: torch.Generator) -> tuple[
     """The level and random values of a column with this name; a step column where the name means nothing special."""
     steps, count = sum(layout.lengths), len(layout.lengths)
     uniform = torch.rand(count, generator=generator, dtype=torch.float64)
-    match name.partition("/")[0]:
-        case "logp":
+    match name.partition("/")[0].partition("@")[0]:
+        case "logp" | "masked_logp":
             return "step", -0.05 - 2 * torch.rand(steps, generator=generator, dtype=torch.float64)
         case "value" | "return" | "step_reward":
             return "step", torch.randn(steps, generator=generator, dtype=torch.float64)
         case "action":
             return "step", torch.randint(3, (steps,), generator=generator)
+        case "hidden":
+            return "step", torch.randn(steps, 4, generator=generator, dtype=torch.float64)
+        case "top_id":
+            return "step", torch.rand(steps, 5, generator=generator).argsort(1)[:, :3]
+        case "top_logp":
+            chance = torch.randn(steps, 3, generator=generator, dtype=torch.float64).log_softmax(-1)
+            return "step", -0.1 + chance.sort(1, descending=True).values
         case "mask":
             mask = torch.ones(steps, dtype=torch.bool)
             mask[list(layout.masked)] = False
@@ -131,7 +138,7 @@ def make_column(name: str, layout: Layout, generator: torch.Generator) -> tuple[
             return "trajectory", torch.full((count,), max(layout.lengths) + 1)
         case "baseline" | "score_norm":
             return "trajectory", 0.1 + uniform
-        case "truncated" | "label":
+        case "truncated" | "label" | "unfinished":
             return "trajectory", uniform > 0.6
         case "turn":
             return "step", torch.cat([torch.arange(length) // 2 for length in layout.lengths])
@@ -143,8 +150,10 @@ def make_column(name: str, layout: Layout, generator: torch.Generator) -> tuple[
             return "step", torch.rand(steps, generator=generator, dtype=torch.float64)
         case "max_entropy":
             return "step", torch.full((steps,), 2.0, dtype=torch.float64)
-        case "version" | "source":
+        case "version":
             return "trajectory", torch.zeros(count, dtype=torch.int64)
+        case "source":
+            return "trajectory", torch.where(uniform > 0.6, int(Source.TEMPERED), int(Source.POLICY))
         case _:
             return "step", 0.1 + torch.rand(steps, generator=generator, dtype=torch.float64)
 

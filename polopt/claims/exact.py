@@ -136,8 +136,12 @@ def start(
     prompts: int | None = None,
     optimizer: str = "adam",
     prepare: Callable[[ExactPolicy], None] = lambda policy: None,
+    stale: int = 0,
 ) -> Run:
-    """A run of the method on the problem; ``prompts`` per iteration, all of them when left out."""
+    """A run of the method on the problem; ``prompts`` per iteration, all of them when left out.
+
+    Batches train ``stale`` updates after they were sampled (`Collector`).
+    """
     policy = problem.policy()
     prepare(policy)
     rewards = problem.reward_functions()
@@ -157,6 +161,7 @@ def start(
             limit=problem.space.length,
             token_budget=BUDGET,
             profiler=quiet,
+            stale=stale,
         ),
         optimizer=makes[optimizer](policy.parameters(), lr),
         optimization=Optimization(lr, token_budget=BUDGET),

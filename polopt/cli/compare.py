@@ -36,7 +36,8 @@ A contender is a method, alone or with slots and fields of its parts replaced, q
 given outside the quotes hold for every contender.
   polopt compare grpo dapo --task countdown --budget rollouts=5000
   polopt compare grpo "grpo --advantage leave-one-out" grpo+objective.high=0.28
-  polopt compare grpo gspo --problem binary-verifier:pass_rate=0.1 --seeds 10"""
+  polopt compare grpo gspo --problem binary-verifier:pass_rate=0.1 --seeds 10
+  polopt compare grpo vcpo --problem multi-step --stale 0 4 16 64"""
 
 CONTENDERS = Option("contenders", tuple[str, ...], (), "Methods, with or without replaced slots.", "METHOD")
 WHERE = (
@@ -48,6 +49,14 @@ WHERE = (
         "Problem of the exact world, NAME or NAME:OPTION=VALUE,...; scores are exact expectations.",
         "NAME",
     ),
+    Option(
+        "stale",
+        tuple[int, ...],
+        (),
+        "Updates between sampling a batch and learning from it: 0 4 16. Each number is one more world, and the figure "
+        "shows the final score against it.",
+        "N",
+    ),
 )
 HOW = (
     Option(
@@ -55,7 +64,7 @@ HOW = (
         str | None,
         None,
         "Of each run: rollouts=20000, tokens=1e6, steps=100 or seconds=60; by default 7680 rollouts in the small world "
-        "and 4096 in the exact world.",
+        "and 4096 in the exact world, with --stale 60 and 256 steps.",
         "UNIT=N",
     ),
     Option("seeds", int, 5, "Runs of each contender.", "N"),
@@ -94,6 +103,8 @@ _RUN = {
 }
 SMALL_BUDGET = "rollouts=7680"
 EXACT_BUDGET = "rollouts=4096"
+# The same number of updates at any staleness: what is sampled ahead costs rollouts, not steps.
+STALE_SMALL_BUDGET, STALE_EXACT_BUDGET = "steps=60", "steps=256"
 
 
 def groups() -> Groups:
@@ -183,11 +194,14 @@ def make_plan(given: Given, options: Mapping[str, Any], slots: Mapping[str, str]
     from polopt.compare.plan import Plan, make_worlds, parse_budget, parse_contender
 
     contenders = tuple(parse_contender(text, slots) for text in given.positional or ())
-    worlds = make_worlds(options["task"], options["problem"], options["data"], contenders)
+    worlds = make_worlds(options["task"], options["problem"], options["data"], contenders, options["stale"])
     exact = worlds[0].exact
     if options["budget"] is None and not exact and options["model"] is not None:
         raise UsageError("a model of your own needs a budget: --budget rollouts=20000, tokens=1e6 or seconds=600")
-    unit, limit = parse_budget(options["budget"] or (EXACT_BUDGET if exact else SMALL_BUDGET))
+    small_budget, exact_budget = SMALL_BUDGET, EXACT_BUDGET
+    if any(world.stale for world in worlds):
+        small_budget, exact_budget = STALE_SMALL_BUDGET, STALE_EXACT_BUDGET
+    unit, limit = parse_budget(options["budget"] or (exact_budget if exact else small_budget))
     names = {name for members in _RUN.values() for name in members}
     settings = {name: value for name, value in given.options.items() if name in names and name != "lr"}
     if exact and (unfit := sorted(set(settings) & {"model", "data", "lora", "level", "eval_data"})):

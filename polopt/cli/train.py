@@ -41,7 +41,7 @@ TITLES = {
     ),
     "budget": ("steps", "seconds", "tokens", "rollouts"),
     "batch and optimizer": (
-        *("prompts", "group", "seed", "lr", "lr_schedule", "warmup", "weight_decay", "beta1", "beta2"),
+        *("prompts", "group", "stale", "seed", "lr", "lr_schedule", "warmup", "weight_decay", "beta1", "beta2"),
         *("token_budget", "max_rows"),
     ),
     "adapters and machine": ("lora", "lora_alpha", "lora_targets", "precision", "device", "threads"),

@@ -26,7 +26,8 @@ def colour_of(report: Report) -> dict[str, str]:
 
 def plot_report(report: Report, title: str, path: Path) -> None:
     """Held-out curves with the interval of their mean in each world, paired differences with theirs, the final score of
-    every seed, and in a single world entropy and length, as a PNG.
+    every seed, in a single world entropy and length, and over several stalenesses the final score against them, as a
+    PNG.
     """
     # Figure without pyplot: no global state, no window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,15 +37,23 @@ def plot_report(report: Report, title: str, path: Path) -> None:
     single = len(worlds) == 1
     columns = 2 if len(worlds) in (2, 4) else 3
     score_rows = math.ceil(len(worlds) / columns)
-    figure = Figure(figsize=(13.5, 4.1 * (score_rows + 1) + 0.9), dpi=120, layout="constrained")
+    places = _places(report)
+    stale_columns = min(len(places), 3)
+    stale_rows = math.ceil(len(places) / 3)
+    rows = stale_rows + score_rows + 1
+    figure = Figure(figsize=(13.5, 4.1 * rows + 0.9), dpi=120, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.12)  # type: ignore[union-attr, call-arg]
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(score_rows + 1, _UNITS)
+    grid = figure.add_gridspec(rows, _UNITS)
     colour = colour_of(report)
 
     def panel(row: int, start: int, width: int) -> Any:
-        return figure.add_subplot(grid[row, start : start + width])
+        return figure.add_subplot(grid[stale_rows + row, start : start + width])
 
+    for index, place in enumerate(places):
+        width = _UNITS // stale_columns
+        start = index % 3 * width
+        _staleness(figure.add_subplot(grid[index // 3, start : start + width]), report, place, colour)
     if single:
         _curves(panel(0, 0, 4), report, worlds[0], "score", "Held-out score", colour)
         _differences(panel(0, 4, 2), report, colour)
@@ -54,8 +63,8 @@ def plot_report(report: Report, title: str, path: Path) -> None:
     else:
         width = _UNITS // columns
         for index, label in enumerate(worlds):
-            place = panel(index // columns, index % columns * width, width)
-            _curves(place, report, label, "score", f"Held-out score: {label}", colour)
+            axis = panel(index // columns, index % columns * width, width)
+            _curves(axis, report, label, "score", f"Held-out score: {label}", colour)
         _differences(panel(score_rows, 0, 4), report, colour)
         _seeds(panel(score_rows, 4, 2), report, colour)
     from matplotlib.lines import Line2D
@@ -99,6 +108,27 @@ def _curves(axis: Any, report: Report, world: str, name: str, title: str, colour
         )
     axis.set_xlim(left=0)
     axis.set_xlabel("rollouts", fontsize=9, color=_INK)
+
+
+def _places(report: Report) -> list[str]:
+    """Worlds that were run at several stalenesses, by the label they share."""
+    places = [world.place for world in report.comparison.plan.worlds]
+    return [place for place in dict.fromkeys(places) if places.count(place) > 1]
+
+
+def _staleness(axis: Any, report: Report, place: str, colour: dict[str, str]) -> None:
+    """Final score against the staleness, one position for each number of updates."""
+    worlds = sorted((w for w in report.comparison.plan.worlds if w.place == place), key=lambda w: w.stale)
+    _dress(axis, f"Final score against staleness: {place}")
+    for entry in report.entries:
+        shade = colour[entry.contender.label]
+        values = [entry.by_world[world.label] for world in worlds]
+        axis.plot(range(len(worlds)), [v.mean for v in values], color=shade, linewidth=2, marker="o", markersize=4)
+        axis.fill_between(
+            range(len(worlds)), [v.low for v in values], [v.high for v in values], color=shade, alpha=0.13, linewidth=0
+        )
+    axis.set_xticks(range(len(worlds)), [str(world.stale) for world in worlds])
+    axis.set_xlabel("updates between sampling and learning", fontsize=9, color=_INK)
 
 
 def _differences(axis: Any, report: Report, colour: dict[str, str]) -> None:

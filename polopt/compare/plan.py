@@ -124,7 +124,8 @@ def parse_budget(text: str) -> tuple[Unit, float]:
 class World:
     """Where a run happens: a generated ``task``, the user's data (both None), or a ``problem`` of the exact world.
 
-    ``options`` are those of the kind of problem, ``problems`` how many of the kind a run has.
+    ``options`` are those of the kind of problem, ``problems`` how many of the kind a run has. In a ``stale`` world
+    batches train that many updates after they were sampled.
     """
 
     label: str
@@ -132,6 +133,16 @@ class World:
     problem: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     problems: int = EXACT_BATCH
+    stale: int = 0
+
+    def after(self, stale: int) -> World:
+        """The same world with that staleness, in its label too."""
+        return dataclasses.replace(self, label=f"{self.place} stale {stale}", stale=stale)
+
+    @property
+    def place(self) -> str:
+        """The label of the world whatever the staleness."""
+        return self.label.removesuffix(f" stale {self.stale}")
 
     @property
     def exact(self) -> bool:
@@ -220,7 +231,7 @@ class Plan:
             raise UsageError(f"contender {twice!r} is named twice; two contenders must differ")
         worlds = [world.label for world in self.worlds]
         if twice := next((label for label in worlds if worlds.count(label) > 1), None):
-            raise UsageError(f"{twice!r} is named twice; each task or problem is run once")
+            raise UsageError(f"{twice!r} is named twice; each task, problem and staleness is run once")
         for name in ("seeds", "points", "tune_seeds"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
@@ -236,6 +247,8 @@ class Plan:
         """The run of a contender in a world."""
         settings: dict[str, Any] = {name: value for name, value in self.settings.items() if name not in _OWN}
         settings |= {"method": contender.slug, "slots": dict(contender.slots), "seed": seed, self.unit: self.limit}
+        if world.stale:
+            settings["stale"] = world.stale
         if self.unit != "seconds":
             settings[self.unit] = int(self.limit)
         if world.exact:
@@ -271,12 +284,19 @@ class Plan:
 
 
 def make_worlds(
-    tasks: Sequence[str], problems: Sequence[str], data: str | None, contenders: Sequence[Contender] = ()
+    tasks: Sequence[str],
+    problems: Sequence[str],
+    data: str | None,
+    contenders: Sequence[Contender] = (),
+    stale: Sequence[int] = (),
 ) -> tuple[World, ...]:
     """The worlds that the names mean; when there is none, the one task that is the contenders' default together.
 
-    Raises UsageError for unknown ones, or tasks, problems and data together.
+    Each of them once for every number of updates in ``stale``. Raises UsageError for unknown ones, or tasks, problems
+    and data together.
     """
+    if stale:
+        return tuple(world.after(k) for world in make_worlds(tasks, problems, data, contenders) for k in stale)
     if sum(map(bool, (tasks, problems, data))) > 1:
         raise UsageError("give tasks, problems of the exact world, or data: one kind per comparison")
     if data:

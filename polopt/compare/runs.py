@@ -42,7 +42,7 @@ Measure = Callable[[], dict[str, float]]
 Tell = Callable[[float], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairedCollector(Collector):
     """A collector whose prompts and sampling seeds come from two streams of its own, whatever the method draws.
 
@@ -188,6 +188,7 @@ def _exact(job: Job, folder: Path) -> tuple[Trainer, Measure]:
             limit,
             config.token_budget,
             Profiler(enabled=False),
+            config.stale,
         ),
         optimizer=make_optimizer(
             policy.parameters(), rate, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2)

@@ -140,7 +140,8 @@ def plain_settings(report: Report) -> dict[str, Any]:
     plan = report.comparison.plan
     world = plan.worlds[0]
     job = plan.job(plan.contenders[0], world, plan.first_seed, plan.lr)
-    hidden = {"method", "slots", "seed", "lr", "task", plan.unit}
+    # The labels of the worlds say how stale they are.
+    hidden = {"method", "slots", "seed", "lr", "task", "stale", plan.unit}
     if world.exact:
         hidden |= {"model", "eval_prompts", "eval_samples", "max_rows", "precision", "device", "lora", "token_budget"}
     return {

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from polopt.core.errors import UsageError
 from polopt.core.loss import Evaluation, Loss
 from polopt.core.part import SLOTS, Slot, check_slot, clone, declared, describe, flatten, widest_unit
+from polopt.core.policy import pattern
 from polopt.core.rollout import Rollout, Unit
 
 
@@ -101,8 +102,11 @@ class Method:
 
     @property
     def models_in_use(self) -> dict[str, Any]:
-        """The models of which some part reads a functional, a column ``<functional>/<model>``."""
+        """The models of which some part reads a functional, a column ``<functional>/<model>``, or with which the
+        rollout part samples (its ``uses``).
+        """
         named = {column.partition("/")[2] for column in self.needs | self.evaluates}
+        named |= getattr(self.rollout, "uses", frozenset())
         return {name: model for name, model in self.models.items() if name in named}
 
     @property
@@ -118,11 +122,21 @@ class Method:
         }
         return columns.pop() if len(columns) == 1 else None
 
+    @property
+    def masks(self) -> frozenset[str]:
+        """The step columns that say where the members of the loss train."""
+        members = (*flatten(self.objective), *flatten(self.regularizer))
+        return frozenset(getattr(member, "mask", "mask") for member in members)
+
+    def trains(self, rollout: Rollout) -> Bool[Tensor, " step"]:
+        """Steps at which some member of the loss trains."""
+        return torch.stack([rollout.under(name).mask for name in sorted(self.masks)]).any(0)
+
     def check(self, available: frozenset[str]) -> None:
         """Fail before the first rollout if a part needs a column that nobody provides.
 
-        ``available`` are the columns that the policy, its models and the rewards give; ``a/*`` stands for any name.
-        Raises UsageError naming the part and the column.
+        ``available`` are the columns that the policy, its models and the rewards give; ``a/*`` stands for any name,
+        ``a@*`` for any temperature. Raises UsageError naming the part and the column.
         """
         known = set(available)
         for slot, value in self.slots().items():
@@ -161,17 +175,20 @@ class Method:
 
         loss = sum over the members of objective and regularizer of aggregate(terms); the terms of the objective are
         multiplied by the weight of their step where a weight part is present. Parts see 0 for everything evaluated at
-        masked steps, and the gradient there is exactly 0.
+        masked steps, and the gradient there is exactly 0; a part with a ``mask`` of its own has other masked steps.
         """
-        evaluation = evaluation.trainable(rollout.mask)
         value = evaluation.logp.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
+        # What each member sees: members that train on the same steps share it.
+        views = {name: rollout.under(name) for name in self.masks}
+        evaluated = {name: evaluation.trainable(view.mask) for name, view in views.items()}
         for slot in ("objective", "regularizer"):
             for member in flatten(getattr(self, slot)):
-                loss: Loss = member(evaluation, rollout)
+                mask = getattr(member, "mask", "mask")
+                loss: Loss = member(evaluated[mask], views[mask])
                 if slot == "objective" and self.weight is not None:
-                    loss = self._weighted(loss, rollout, member)
-                value = value + self._aggregate(loss, rollout)
+                    loss = self._weighted(loss, views[mask], member)
+                value = value + self._aggregate(loss, views[mask])
                 metrics.update(loss.metrics)
         return value, metrics
 
@@ -220,7 +237,7 @@ class Method:
 
 
 def _covered(column: str, known: set[str]) -> bool:
-    if column in known:
+    if {column, pattern(column)} & known:
         return True
     if column.endswith("/*"):
         return any(name.startswith(column[:-1]) for name in known)

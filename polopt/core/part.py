@@ -46,6 +46,9 @@ class Part:
       values depend on other groups says "batch".
     - ``vanishes_with``: a step column; where it is zero on a whole trajectory (on a whole group, for a unit of groups)
       the part's gradient is zero there, and the update may leave it out.
+    - ``mask``: the step column that says where an objective or regularizer trains; what it evaluates is 0 elsewhere,
+      and its terms are averaged over those steps. ``mask/critic`` is one for a loss of the critic.
+    - ``uses``: models with which a rollout part samples.
     - ``state``: names of attributes that change while training; saved in checkpoints, checked by name on load.
 
     A part with a method ``observe(rollout, evaluate)`` learns from every iteration. It is called after the updates with
@@ -60,6 +63,7 @@ class Part:
     evaluates: ClassVar[frozenset[str]] = frozenset()
     unit: ClassVar[Unit] = "step"
     vanishes_with: ClassVar[str | None] = None
+    mask: ClassVar[str] = "mask"
     state: ClassVar[tuple[str, ...]] = ()
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -38,9 +38,15 @@ class Sampling:
     """How actions are drawn and when a trajectory ends.
 
     ``temperature`` divides the logits; 0 takes the most likely token. ``top_k``, ``top_p`` and ``min_p`` truncate the
-    tempered distribution (0, 1 and 0 switch them off), in that order. A trajectory ends at its
-    policy's own end, at one of ``stop_ids``, at the token that completes one of the ``stop`` strings, or after
-    ``max_new_tokens`` (None leaves that to the task).
+    tempered distribution (0, 1 and 0 switch them off), in that order. ``policy_temperature`` is that of the policy
+    which trains on what was drawn: ``logp``, ``entropy`` and all that `Policy.evaluate` says of it later are of
+    softmax(logits / policy_temperature), and ``logp/sampled`` is of the distribution drawn from. None: ``temperature``
+    itself (1 where that is 0). With ``nucleus_of`` only the top-p nucleus (``nucleus_p``) of that model of the policy
+    may be drawn, whatever the policy itself makes of it: at least its ``nucleus_min`` most likely actions, and always
+    those that end a trajectory and other special ones; the step column ``kept`` says which, one bit per action, and
+    `MASKED` are functionals of the policy on them alone. A trajectory ends at its policy's own end, at one of
+    ``stop_ids``, at the token that completes one of the ``stop`` strings, or after ``max_new_tokens`` (None leaves that
+    to the task).
 
     Raises UsageError naming the field and its value when a value is out of range.
     """
@@ -52,10 +58,16 @@ class Sampling:
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    policy_temperature: float | None = None
+    nucleus_of: str | None = None
+    nucleus_p: float = 0.9
+    nucleus_min: int = 1
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UsageError(f"temperature is {self.temperature}; it must be finite and at least 0 (0 is greedy)")
+        if self.policy_temperature is not None and not 0 < self.policy_temperature < math.inf:
+            raise UsageError(f"policy_temperature is {self.policy_temperature}; it must be finite and above 0")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1 switches it off)")
         if self.top_k < 0:
@@ -66,13 +78,30 @@ class Sampling:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError(f"stop is {self.stop!r}; it must be a tuple of non-empty strings")
+        if not 0 < self.nucleus_p <= 1:
+            raise UsageError(f"nucleus_p is {self.nucleus_p}; it must be above 0 and at most 1 (1 keeps every action)")
+        if self.nucleus_min < 1:
+            raise UsageError(f"nucleus_min is {self.nucleus_min}; it must be at least 1")
         if any(token < 0 for token in self.stop_ids):
             raise UsageError(f"stop_ids is {self.stop_ids}; token ids must be at least 0")
 
     @property
     def truncates(self) -> bool:
         """Whether tokens are drawn from less than the full distribution."""
-        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.nucleus_of is not None
+
+    @property
+    def trained_temperature(self) -> float:
+        """The temperature of the policy that log-probs and entropies are of."""
+        return (self.temperature or 1.0) if self.policy_temperature is None else self.policy_temperature
+
+    @property
+    def differs(self) -> bool:
+        """Whether tokens are drawn from another distribution than that of ``logp``: ``logp/sampled`` says which.
+
+        Greedy tokens, where nothing else is asked for, count as the policy's own.
+        """
+        return self.truncates or self.policy_temperature not in (None, self.temperature)
 
 
 OF_MODELS: Final = ("logp", "hellinger", "kl")
@@ -81,6 +110,87 @@ OF_MODELS: Final = ("logp", "hellinger", "kl")
 ``logp``: log m(a_t). ``hellinger``: 1 - sum_v sqrt(pi(v) m(v)), in [0, 1]. ``kl``: KL(pi || m) in nats. The last two
 are sums over all actions and cost one pass through each of the two.
 """
+
+
+START: Final = "logp/start"
+"""Step column: log-prob of the policy at which learning from the batch begins, whichever policy sampled it.
+
+No model may be called start.
+"""
+
+
+TEMPERED: Final = ("logp", "entropy", "lse", "collision")
+"""Functionals of the policy's logits: each of them is one more at another temperature, ``<functional>@<temperature>``.
+
+``logp@1.2`` is that of softmax(logits / 1.2), whatever the temperature of the trajectory.
+"""
+
+
+def at_temperature(functional: str, temperature: float) -> str:
+    """The name of a functional at a temperature: ``logp@1.2``; `split_temperature` reads it back."""
+    return f"{functional}@{float(temperature)!r}"
+
+
+def split_temperature(name: str) -> tuple[str, float | None]:
+    """A name as its functional and the temperature at which it is wanted; None: that of the trajectory.
+
+    Raises UsageError for a temperature that is no finite number above 0.
+    """
+    functional, mark, given = name.partition("@")
+    if not mark:
+        return name, None
+    try:
+        temperature = float(given)
+    except ValueError:
+        temperature = math.nan
+    if not 0 < temperature < math.inf:
+        raise UsageError(f"{name!r} asks for the temperature {given!r}; it must be a finite number above 0")
+    return functional, temperature
+
+
+def pattern(name: str) -> str:
+    """What `Policy.columns` has where the policy can compute ``name``: ``logp@*`` for ``logp@1.2``, else the name."""
+    functional, temperature = split_temperature(name)
+    return name if temperature is None else f"{functional}@*"
+
+
+MASKED: Final = frozenset({"masked_logp", "masked_entropy"})
+"""Functionals of the policy on the actions that could be drawn, m of the step column ``kept``, with gradient.
+
+pi^m(a) = m_a pi(a) / sum_b m_b pi(b): its log-prob of the chosen action, and its entropy in nats.
+"""
+
+
+TOP: Final = 64
+"""Most likely actions of which ``top_id`` and ``top_logp`` tell, most likely first; all of them where there are fewer.
+
+Both are step columns [N, K] without gradient: the ids and their log-probs in the policy's full distribution.
+``hidden`` [N, D] is what the output layer W [V, D] sees, such that the distribution is softmax(W h) (biases and caps on
+logits left out). They are computed chunk by chunk; nothing of size [N, V] is held.
+"""
+
+OUTPUT_LAYER: Final = frozenset({"hidden", "top_id", "top_logp"})
+
+
+def critic_heads(names: Iterable[str]) -> int:
+    """How many value heads there must be for these columns: 2 for ``value/2``, 1 for ``value``, 0 for none of them."""
+    values = [name.partition("/")[2] for name in names if name.partition("/")[0] == "value"]
+    return max((int(head) if head.isdecimal() else 1 for head in values), default=0)
+
+
+def head_of(name: str) -> int | None:
+    """The value head, from 1, that a column is of; None for other columns. ``value`` is of the first."""
+    return critic_heads([name]) or None
+
+
+def of_critic(names: Iterable[str]) -> frozenset[str]:
+    """Those of the columns that a critic gives."""
+    return frozenset(name for name in names if head_of(name) is not None)
+
+
+def value_columns(heads: int) -> frozenset[str]:
+    """The columns of a critic with that many heads."""
+    return frozenset({"value", *(f"value/{k + 1}" for k in range(heads))}) if heads else frozenset()
 
 
 @dataclass(frozen=True)
@@ -119,7 +229,7 @@ class Policy(Protocol):
 
     @property
     def columns(self) -> frozenset[str]:
-        """Names that `evaluate` can compute now (``logp/*``: under any model)."""
+        """Names that `evaluate` can compute now (``logp/*``: under any model; ``logp@*``: at any temperature)."""
         ...
 
     def sample(
@@ -169,8 +279,11 @@ class Policy(Protocol):
         """
         ...
 
-    def add_critic(self) -> None:
-        """Add a value head; `evaluate` then knows ``value``."""
+    def add_critic(self, heads: int = 1) -> None:
+        """Add value heads; `evaluate` then knows ``value``, that of the first, and ``value/1`` to ``value/<heads>``.
+
+        Nothing changes where there are that many. Raises UsageError where there are others.
+        """
         ...
 
     def parameters(self) -> Sequence[Parameter]:

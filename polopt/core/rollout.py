@@ -36,6 +36,8 @@ class Source(IntEnum):
     REPLAY = 4
     PROBE = 5
     """A continuation that measures the value of a prefix; it does not train."""
+    TEMPERED = 6
+    """Drawn from the policy at another temperature, beside what the policy answers."""
 
 
 class Payload(Protocol):
@@ -107,6 +109,8 @@ class Counts:
     steps: float
     trajectories: float
     groups: float
+    masks: Mapping[str, float] = field(default_factory=dict)
+    """Steps in each column ``mask/<model>``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +118,14 @@ class Rollout:
     """Packed trajectories with named columns; immutable, columns are added with `with_columns`.
 
     Fixed names. Step level: ``logp`` (log-prob of the chosen action under the full distribution of the policy that
-    sampled it), ``logp/sampled`` (under the truncated distribution it was drawn from, where that differs), ``mask``
-    (the policy chose this step and it may train), ``value``, ``entropy``, ``advantage``, ``weight``, ``step_reward``,
-    ``logp/<model>``, ``action`` (id of the choice), ``turn`` (answers of an environment before it). Trajectory level:
+    sampled it), ``logp/sampled`` (under the distribution it was drawn from, where that differs), ``mask``
+    (the policy chose this step and it may train; ``mask/<model>``: that model may train on it), ``value``,
+    ``entropy``, ``advantage``, ``weight``, ``step_reward``, ``logp/<model>``, ``action`` (id of the choice), ``kept``
+    (bits of the actions that could be drawn), ``turn`` (answers of an environment before it). Trajectory level:
     ``reward`` (NaN: could not be computed), ``reward/<name>``, ``score`` (the task's reward before a method shapes it),
     ``source``, ``version`` (of the weights that sampled it), ``truncated`` (cut by a length limit), ``limit`` (the
-    budget of steps it had).
+    budget of steps it had), ``unfinished`` (goes on in the next iteration; rewards are 0 until it ends), ``before``
+    (steps that earlier iterations sampled).
     """
 
     lengths: Int[Tensor, " trajectory"]
@@ -222,11 +228,11 @@ class Rollout:
         return cls(lengths, _numbered(torch.as_tensor(group, dtype=torch.int64, device=on)), columns)
 
     def pad(self, values: Tensor, *, fill: float = 0.0) -> Tensor:
-        """Step values [N] as a right-padded matrix [M, longest trajectory]; the inverse of `from_padded`."""
+        """Step values [N, ...] right-padded, [M, longest trajectory, ...]; the inverse of `from_padded`."""
         width = int(self.lengths.max()) if self.lengths.numel() else 0
-        out = values.new_full((self.n_trajectories, width), fill)
+        out = values.new_full((self.n_trajectories, width, *values.shape[1:]), fill)
         keep = torch.arange(width, device=values.device)[None] < self.lengths[:, None]
-        return out.masked_scatter(keep, values)
+        return out.masked_scatter(keep.view(*keep.shape, *[1] * (values.ndim - 1)), values)
 
     # --- sizes and index columns --------------------------------------------------------------------------------
 
@@ -268,7 +274,8 @@ class Rollout:
         """Normalisers of the whole batch that this rollout is, or was split from."""
         if self.batch_counts is not None:
             return self.batch_counts
-        return Counts(float(self.mask.sum()), float(self.n_trajectories), float(self.n_groups))
+        masks = {n: float(v.sum()) for n, v in self.columns.get("step", {}).items() if n.startswith("mask/")}
+        return Counts(float(self.mask.sum()), float(self.n_trajectories), float(self.n_groups), masks)
 
     @property
     def device(self) -> torch.device:
@@ -332,6 +339,16 @@ class Rollout:
         if "mask" in self:
             return self["mask"].bool()
         return torch.ones(self.n_steps, dtype=torch.bool, device=self.device)
+
+    def under(self, mask: str) -> Self:
+        """The rollout as a part sees it that trains on the steps of another column, ``mask/<model>``.
+
+        That column is its ``mask``, and the steps that normalise its loss are those of the column in the whole batch.
+        """
+        if mask == "mask":
+            return self
+        counts = dataclasses.replace(self.counts, steps=self.counts.masks[mask]) if mask in self else self.counts
+        return dataclasses.replace(self.with_columns(step={"mask": self[mask].bool()}), batch_counts=counts)
 
     @property
     def logp(self) -> Float[Tensor, " step"]:

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from torch.nn import Parameter
 
+from polopt.core.rollout import Rollout
+
 
 class Step(Protocol):
     """One update in the making. The trainer implements it; parts of slot ``update`` drive it."""
@@ -14,6 +16,11 @@ class Step(Protocol):
     @property
     def parameters(self) -> Sequence[Parameter]:
         """What is trained."""
+        ...
+
+    @property
+    def batch(self) -> Rollout:
+        """What the update learns from: the rollout with its credit, or one of its minibatches."""
         ...
 
     @property
@@ -35,6 +42,14 @@ class Step(Protocol):
         ``chunks`` above 1 also measures the gradients of that many parts of the batch, of whole groups (of whole
         trajectories where the batch is one group), as equal in number as can be and never more than there are. The
         gradient is the same, up to rounding, for one more buffer of its size.
+        """
+        ...
+
+    def preview(self) -> float:
+        """KL per step, nats, from the present policy to the one after a whole optimizer step along ``.grad``.
+
+        The mean over the batch's trainable steps of exp(x) - x - 1, x the change of a step's log-prob. The step is
+        made and taken back: parameters, moments and ``.grad`` stay as they are.
         """
         ...
 

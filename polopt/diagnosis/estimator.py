@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from polopt.core.policy import of_critic
 from polopt.core.rollout import Rollout
 from polopt.diagnosis import draws as drawing
 from polopt.diagnosis.draws import Draws
@@ -213,7 +214,7 @@ def _nothing(policy: ExactPolicy, kind: Kind, draws: int) -> Estimate:
 
 def _jacobians(world: World, policy: ExactPolicy) -> dict[str, Tensor]:
     catalogue = Catalogue.of(policy)
-    return {n: catalogue.jacobian(policy, n) for n in sorted(world.method.evaluates - {"value"})}
+    return {n: catalogue.jacobian(policy, n) for n in sorted(world.method.evaluates) if not of_critic([n])}
 
 
 def _rows(
@@ -222,7 +223,7 @@ def _rows(
     """Ascent direction of each group: minus the sum over its steps of slope times gradient of the functional."""
     if jacobians is None:
         catalogue = Catalogue.of(policy)
-        jacobians = {n: catalogue.jacobian(policy, n) for n in slopes if n != "value"}
+        jacobians = {n: catalogue.jacobian(policy, n) for n in slopes if not of_critic([n])}
     size = policy.problems * policy.space.n_nodes * policy.space.vocabulary
     index = rollout.step_group * size + decisions(rollout, policy)
     rows = torch.zeros(rollout.n_groups, policy.logits.numel(), dtype=policy.logits.dtype)

@@ -15,6 +15,7 @@ from polopt.core.errors import UsageError
 from polopt.core.loss import Evaluation
 from polopt.core.method import Method
 from polopt.core.part import declared, flatten, settings
+from polopt.core.policy import START, of_critic, pattern
 from polopt.core.rollout import Counts, MissingColumn, Rollout
 from polopt.diagnosis.draws import Draws
 from polopt.policies.exact import ExactPolicy, SequencePayload
@@ -23,7 +24,7 @@ from polopt.tasks.problems import Problem
 CHANCE = "diagnosis/chance"
 NUMBER = "diagnosis/number"
 _SAMPLED = frozenset(
-    {"action", "logp", "entropy", "mask", "truncated", "version", "source", "limit", "reward", "score", "value"}
+    {"action", "logp", "entropy", "mask", "truncated", "version", "source", "limit", "reward", "score"}
 )
 
 
@@ -39,14 +40,19 @@ class World:
 
     def __post_init__(self) -> None:
         named = {f"reward/{name}" for name in self.problem.rewards}
-        known = self.policy().columns | {"value"}
+        known = self.policy().columns | self._values | {START}
         # Groups are enumerated here, whatever the method's rollout part does: what that adds is not there.
         (self.method | {"rollout": None}).check(_SAMPLED | known | named | {"turn"})
-        for name in sorted(self.method.evaluates - known):
+        for name in sorted(name for name in self.method.evaluates if pattern(name) not in known):
             raise UsageError(
                 f"method {self.method.slug!r} evaluates {name!r}, which a policy of the exact world cannot compute "
                 f"(it can: {', '.join(sorted(known))})"
             )
+
+    @property
+    def _values(self) -> frozenset[str]:
+        """The columns of a critic, one or several heads, that the method reads."""
+        return of_critic(self.method.needs | self.method.evaluates)
 
     def policy(self) -> ExactPolicy:
         """The problem's initial policy with the method's models."""
@@ -84,14 +90,17 @@ class World:
     def rollout(self, policy: ExactPolicy, behaviour: ExactPolicy, draws: Draws) -> Rollout:
         """The drawn groups with every column that a run would have, and `CHANCE` [G] and `NUMBER` [T] of each.
 
-        ``value`` is the exact value function of ``policy`` (`exact_values`).
+        ``value`` (of every head) is the exact value function of ``policy`` (`exact_values`).
         """
         made = self._scored(behaviour, draws)
-        if "value" not in self.method.needs | self.method.evaluates:
+        if START in self.method.needs:
+            made = made.with_columns(step={START: self._model(policy, made, "logp")})
+        if not self._values:
             return made
         values = self.exact_values(policy)
         payload = _payload(made)
-        return made.with_columns(step={"value": values[payload.step_problem, payload.nodes]})
+        exact = values[payload.step_problem, payload.nodes]
+        return made.with_columns(step=dict.fromkeys(self._values, exact))
 
     def _scored(self, behaviour: ExactPolicy, draws: Draws) -> Rollout:
         made = behaviour.rollout(draws.problem, draws.sequence, draws.group, examples=self.problem.examples())
@@ -128,7 +137,8 @@ class World:
         return {name: torch.tensor([own[name] for own in asked], dtype=torch.float64) for name in sorted(names)}
 
     def _model_columns(self) -> list[str]:
-        return sorted((self.method.needs - _SAMPLED) & self.policy().columns)
+        known = self.policy().columns
+        return sorted(name for name in self.method.needs - _SAMPLED if pattern(name) in known)
 
     @torch.no_grad()
     def _model(self, policy: ExactPolicy, rollout: Rollout, name: str) -> Tensor:
@@ -173,9 +183,8 @@ class World:
             credited = self._fresh().credit(rollout)
             credited = dataclasses.replace(credited, batch_counts=counts)
             with torch.no_grad():
-                found = dict(policy.evaluate(credited, self.method.evaluates - {"value"}).columns)
-            if "value" in self.method.evaluates:
-                found["value"] = credited["value"]  # the critic is exact
+                found = dict(policy.evaluate(credited, self.method.evaluates - self._values).columns)
+            found |= {name: credited[name] for name in self._values & self.method.evaluates}  # the critic is exact
             leaves = {name: value.detach().clone().requires_grad_() for name, value in found.items()}
             loss, _ = self.method.loss(Evaluation(leaves), credited)
         except MissingColumn as error:
@@ -258,8 +267,9 @@ class Catalogue:
 
     def expected(self, policy: ExactPolicy, coefficients: Mapping[str, Tensor]) -> Float[Tensor, " parameter"]:
         """sum_u c_u grad f(u) over functionals f by name, c [U] each; flat in the logits."""
-        evaluation = policy.evaluate(self.rollout, frozenset(coefficients) - {"value"})
-        total = sum((c * evaluation[name][self.first]).sum() for name, c in coefficients.items() if name != "value")
+        names = frozenset(coefficients) - of_critic(coefficients)
+        evaluation = policy.evaluate(self.rollout, names)
+        total = sum((coefficients[name] * evaluation[name][self.first]).sum() for name in coefficients if name in names)
         if not isinstance(total, Tensor) or not total.requires_grad:
             return torch.zeros_like(policy.logits).flatten()
         (gradient,) = torch.autograd.grad(total, policy.logits, allow_unused=True, materialize_grads=True)

@@ -11,9 +11,12 @@ from polopt.core.policy import Policy
 @part("models", "snapshot")
 @dataclass(frozen=True)
 class Snapshot(Part):
-    """The policy's weights at the start of the run, taken anew every ``every`` iterations where that is set."""
+    """The policy's weights at the start of the run, taken anew every ``every`` iterations where that is set, and once
+    after ``at`` of them.
+    """
 
     every: int | None = None
+    at: int | None = None
 
     def install(self, policy: Policy, name: str) -> None:
         """Freeze the present weights as the model ``name``."""
@@ -21,4 +24,6 @@ class Snapshot(Part):
 
     def due(self, iteration: int) -> bool:
         """Whether the model is replaced by the present policy before this iteration (the first is 0)."""
+        if iteration and iteration == self.at:
+            return True
         return self.every is not None and iteration > 0 and iteration % self.every == 0

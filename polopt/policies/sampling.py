@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from polopt.core.policy import Sampling
+from polopt.policies.nucleus import pack
 
 
 class Draw(NamedTuple):
@@ -18,6 +19,7 @@ class Draw(NamedTuple):
     logp: Float[Tensor, "row"]
     logp_sampled: Float[Tensor, "row"] | None
     entropy: Float[Tensor, "row"] | None
+    kept: UInt8[Tensor, "row byte"] | None = None
 
 
 # Constants of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), as int64.
@@ -68,33 +70,53 @@ def kept_tokens(probs: Float[Tensor, "row vocab"], sampling: Sampling) -> Bool[T
 
 
 def draw(
-    logits: Float[Tensor, "row vocab"], uniform: Float[Tensor, "row"], sampling: Sampling, entropy: bool = False
+    logits: Float[Tensor, "row vocab"],
+    uniform: Float[Tensor, "row"],
+    sampling: Sampling,
+    entropy: bool = False,
+    allowed: Bool[Tensor, "row vocab"] | None = None,
 ) -> Draw:
     """Draw one token per row by inverting the cumulative distribution at ``uniform``.
 
     p = softmax(logits / temperature) in float32; the token is the first whose cumulative (kept) mass exceeds
-    u * total. ``logp`` = log p[token]; ``logp_sampled`` = log(p[token] / kept mass), None when nothing is truncated;
-    ``entropy`` = -sum p log p in nats over the full p. At temperature 0 the token is the argmax, ``logp`` and
-    ``entropy`` are those of temperature 1, and ``logp_sampled`` is that of a certain choice, 0.
+    u * total. ``logp`` = log q[token] and ``entropy`` = -sum q log q in nats, q = softmax(logits / policy temperature),
+    which is p where none is given and that of temperature 1 at temperature 0, where the token is the argmax;
+    ``logp_sampled`` = log(p[token] / kept mass), 0 for a certain choice, None where that is ``logp``
+    (`Sampling.differs`). Nothing but ``allowed`` is drawn, where that is given; ``kept`` is then what could be.
     """
     logits = logits.float()
-    greedy = sampling.temperature == 0
-    if not greedy and sampling.temperature != 1:
-        logits = logits / sampling.temperature
-    logps = logits.log_softmax(-1)
-    probs = logps.exp() if entropy or not greedy else logps
-    logp_sampled = None
-    if greedy:
-        token = logps.argmax(-1, keepdim=True)
-        logp = logps.gather(-1, token).squeeze(-1)
-        logp_sampled = torch.zeros_like(logp) if sampling.truncates else None
+    own = _tempered(logits, sampling.trained_temperature)
+    logp_sampled = left = None
+    if sampling.temperature == 0:
+        left = allowed
+        token = (own if allowed is None else own.masked_fill(~allowed, -torch.inf)).argmax(-1, keepdim=True)
+        if sampling.differs:
+            logp_sampled = own.new_zeros(len(own))
     else:
-        kept = probs.masked_fill(~kept_tokens(probs, sampling), 0) if sampling.truncates else probs
+        same = sampling.temperature == sampling.trained_temperature
+        logps = own if same else _tempered(logits, sampling.temperature)
+        probs = logps.exp()
+        if sampling.truncates:
+            left = kept_tokens(probs, sampling)
+            left = left if allowed is None else left & allowed
+        kept = probs if left is None else probs.masked_fill(~left, 0)
         cumulative = kept.cumsum(-1, dtype=torch.float64)
         total = cumulative[:, -1:]
         # The clamp only matters for NaN logits, which the caller reports; an index out of range would kill a device.
         token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True).clamp_(max=logits.shape[-1] - 1)
-        logp = logps.gather(-1, token).squeeze(-1)
-        if sampling.truncates:
-            logp_sampled = logp - total.squeeze(-1).log().float()
-    return Draw(token.squeeze(-1), logp, logp_sampled, torch.special.entr(probs).sum(-1) if entropy else None)
+        if sampling.differs:
+            logp_sampled = logps.gather(-1, token).squeeze(-1)
+            if sampling.truncates:
+                logp_sampled = logp_sampled - total.squeeze(-1).log().float()
+    return Draw(
+        token.squeeze(-1),
+        own.gather(-1, token).squeeze(-1),
+        logp_sampled,
+        torch.special.entr(own.exp()).sum(-1) if entropy else None,
+        None if allowed is None or left is None else pack(left),
+    )
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature)."""
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)

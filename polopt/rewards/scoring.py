@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from polopt.core.example import Example, Text
-from polopt.core.rollout import Rollout
+from polopt.core.rollout import Rollout, Source
 from polopt.rewards.reward import InvalidReward, NamedReward, score
 from polopt.rewards.transcript import Transcript
 
@@ -56,8 +57,9 @@ class Scorer:
 
     A weight other than 1 stands in ``reward_weight/<name>``, for parts that combine the rewards in their own way.
 
-    A trajectory whose total is NaN (a reward failed under ``on_error="skip"``, or none applies) has every step masked:
-    no part trains on it.
+    A trajectory whose total is NaN (a reward failed under ``on_error="skip"``, or none applies) has every step masked,
+    for every model: no part trains on it. One that is ``unfinished`` is not judged and has 0 everywhere. Replayed
+    trajectories that bring their rewards keep them.
     """
 
     rewards: tuple[NamedReward, ...]
@@ -69,14 +71,32 @@ class Scorer:
 
         Raises RewardError under ``on_error="raise"``.
         """
-        scores = score(transcripts(rollout), self.rewards, on_error=self.on_error, timeout=self.timeout)
-        total = scores.total.to(rollout.device)
-        columns = {f"reward/{name}": value.to(rollout.device) for name, value in scores.rewards.items()}
+        names = {f"reward/{reward.name}" for reward in self.rewards} | {"score", "source"}
+        known = torch.zeros_like(rollout.lengths, dtype=torch.bool)
+        if names <= set(rollout.names()):
+            known = rollout["source"] == Source.REPLAY
+        if "unfinished" in rollout:
+            known = known | rollout["unfinished"].bool()
+        place = (~known).nonzero().flatten()
+        unknown = rollout.select(place) if bool(known.any()) else rollout
+        scores = score(transcripts(unknown), self.rewards, on_error=self.on_error, timeout=self.timeout)
+
+        def filled(name: str, found: Tensor) -> Tensor:
+            found = found.to(rollout.device)
+            if not bool(known.any()):
+                return found
+            before = rollout[name].to(found) if name in rollout else found.new_zeros(rollout.n_trajectories)
+            return before.index_copy(0, place, found)
+
+        total = filled("score", scores.total)
+        columns = {f"reward/{name}": filled(f"reward/{name}", value) for name, value in scores.rewards.items()}
         for reward in self.rewards:
             if reward.weight != 1.0:
                 columns[f"reward_weight/{reward.name}"] = torch.full_like(total, reward.weight)
+        masks = ["mask", *rollout.counts.masks]
         scored = rollout.with_columns(
             trajectory={**columns, "score": total, "reward": total.clone()},
-            step={"mask": rollout.mask & ~rollout.spread(torch.isnan(total))},
+            step={name: rollout.under(name).mask & ~rollout.spread(torch.isnan(total)) for name in masks},
         )
-        return scored, scores.invalid
+        where = place.tolist()
+        return scored, tuple(replace(failure, index=where[failure.index]) for failure in scores.invalid)

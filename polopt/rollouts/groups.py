@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,11 @@ class Groups(Sampling, Part):
 
     gives = frozenset({"limit"})
 
+    @property
+    def uses(self) -> frozenset[str]:
+        """Models that the policy samples with."""
+        return frozenset() if self.nucleus_of is None else frozenset({self.nucleus_of})
+
     def __call__(
         self,
         policy: Policy,
@@ -34,15 +40,8 @@ class Groups(Sampling, Part):
         seed: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> Rollout:
-        sampling = Sampling(
-            self.temperature,
-            self.top_p,
-            self.top_k,
-            self.min_p,
-            self.max_new_tokens or limit,
-            self.stop,
-            self.stop_ids,
-        )
+        given = {option.name: getattr(self, option.name) for option in dataclasses.fields(Sampling)}
+        sampling = Sampling(**{**given, "max_new_tokens": self.max_new_tokens or limit})
         rollout = policy.sample(requests, sampling, seed=seed, progress=progress)
         budget = torch.full((rollout.n_trajectories,), sampling.max_new_tokens or limit, device=rollout.device)
         return rollout.with_columns(trajectory={"limit": budget, **_requested(requests, rollout)})

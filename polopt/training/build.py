@@ -15,7 +15,7 @@ from polopt.core.errors import UsageError
 from polopt.core.example import Example
 from polopt.core.method import Method
 from polopt.core.override import override
-from polopt.core.policy import Policy
+from polopt.core.policy import START, Policy, critic_heads
 from polopt.methods import get_method
 from polopt.policies.causal_lm.loading import LoraOptions
 from polopt.policies.causal_lm.policy import CausalLM
@@ -169,14 +169,14 @@ def resolve(config: RunConfig) -> RunConfig:
 def check_needs(method: Method, policy: Policy, rewards: Sequence[NamedReward]) -> None:
     """Fail before the first rollout when a part needs a column that nobody provides; add the models it asks for."""
     needs = method.needs
-    if "value" in needs | method.evaluates:
-        policy.add_critic()
+    if heads := critic_heads(needs | method.evaluates):
+        policy.add_critic(heads=heads)
     for name, model in method.models_in_use.items():
         model.install(policy, name)
     sampled = {"action", "logp", "entropy", "mask", "truncated", "version", "source", "limit", "reward", "score"}
     named = {f"reward/{reward.name}" for reward in rewards}
     available = {column for column in policy.columns if column != "logp/*"}
-    method.check(frozenset(sampled | named | available | {SCORE_NORM}))
+    method.check(frozenset(sampled | named | available | {SCORE_NORM, START}))
     for name in sorted(method.evaluates):
         if not provides(policy, name):
             raise UsageError(f"method {method.slug!r} evaluates {name!r}, which this policy cannot compute")

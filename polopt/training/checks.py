@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from polopt.core.errors import UsageError
 from polopt.core.loss import Evaluation
-from polopt.core.rollout import Rollout
+from polopt.core.rollout import Rollout, Source
 
 
 class CheckFailed(UsageError):
@@ -28,12 +29,16 @@ class RatioStatistics:
     weight: float = 0.0
     weight_squared: float = 0.0
 
-    def add(self, evaluation: Evaluation, rollout: Rollout) -> None:
-        """Count the steps of a micro-batch; nothing when the rollout has no log-probs of its sampler."""
+    def add(self, evaluation: Evaluation, rollout: Rollout, only: Tensor | None = None) -> None:
+        """Count the steps of a micro-batch, of the trajectories ``only`` [M] where given.
+
+        Nothing is counted when the rollout has no log-probs of its sampler.
+        """
         if "logp" not in rollout:
             return
+        counted = rollout.mask if only is None else rollout.mask & rollout.spread(only)
         with torch.no_grad():
-            gap = (evaluation.logp.detach() - rollout.logp)[rollout.mask].double()
+            gap = (evaluation.logp.detach() - rollout.logp)[counted].double()
             if not gap.numel():
                 return
             ratio = gap.clamp(-20, 20).exp()
@@ -63,6 +68,7 @@ class RatioStatistics:
 def check_first_update(statistics: RatioStatistics, tolerance: float, strict: bool) -> dict[str, float]:
     """First update after sampling: learner and sampler are the same weights, so the mean |log rho| is rounding error.
 
+    ``statistics`` are of the trajectories that the present weights sampled; nothing is said where there are none.
     With ``strict`` a mean above ``tolerance`` raises CheckFailed.
     """
     if not statistics.steps:
@@ -83,7 +89,10 @@ def sampler_gap(rollout: Rollout) -> dict[str, float]:
     """
     if "logp/sampler" not in rollout:
         return {}
-    gap = (rollout.logp - rollout["logp/sampler"])[rollout.mask].abs()
+    compared = rollout.mask
+    if "source" in rollout:  # what is replayed keeps its sampler's log-probs
+        compared = compared & rollout.spread(rollout["source"] != Source.REPLAY)
+    gap = (rollout.logp - rollout["logp/sampler"])[compared].abs()
     if not gap.numel():
         return {}
     return {

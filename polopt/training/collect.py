@@ -1,37 +1,70 @@
-"""From prompts to a scored, filtered rollout ready for credit assignment."""
+"""From prompts to a scored, filtered rollout ready for credit assignment, at once or some updates later."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final, Self
 
 import torch
 
 from polopt.core.example import Example
 from polopt.core.method import Method
 from polopt.core.part import declared
-from polopt.core.policy import Policy
+from polopt.core.policy import START, Policy, pattern
 from polopt.core.rollout import Rollout, Source
 from polopt.rewards.reward import InvalidReward
 from polopt.rewards.scoring import Scorer
 from polopt.training.profile import Profiler
 from polopt.training.update import SCORE_NORM, evaluate_columns
 
+CREDIT: Final = ("advantage", "weight", "objective", "regularizer", "aggregation", "update")
+"""Slots whose columns are those of the policy that learns."""
+
 
 @dataclass(frozen=True)
 class Collected:
-    """A batch: ``kept`` trains (None when no group was informative), ``drawn`` is all that was sampled for it."""
+    """A batch: ``kept`` trains (None when no group was informative), ``drawn`` is all that was sampled for it.
+
+    ``tokens`` and ``rollouts`` were sampled when the batch was asked for: its own, and those of other batches where the
+    queue of a `Collector` is filled.
+    """
 
     kept: Rollout | None
     drawn: Rollout
     invalid: tuple[InvalidReward, ...]
+    tokens: int = 0
+    rollouts: int = 0
 
     @property
     def answers(self) -> Rollout:
-        """What was drawn without probes, which were sampled to learn what a state is worth."""
-        if "source" not in self.drawn or not bool((self.drawn["source"] == Source.PROBE).any()):
-            return self.drawn
-        return self.drawn.select(self.drawn["source"] != Source.PROBE)
+        """What was drawn as the policy answers: without probes, which were sampled to learn what a state is worth, and
+        without what was drawn at another temperature beside it, what is replayed and what is unfinished: there may be
+        nothing.
+        """
+        aside = torch.zeros_like(self.drawn.lengths, dtype=torch.bool)
+        if "source" in self.drawn:
+            source = self.drawn["source"]
+            aside = (source == Source.PROBE) | (source == Source.TEMPERED) | (source == Source.REPLAY)
+        if "unfinished" in self.drawn:
+            aside = aside | self.drawn["unfinished"].bool()
+        return self.drawn.select(~aside) if bool(aside.any()) else self.drawn
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint can hold, for `from_state`."""
+        return {
+            "kept": None if self.kept is None else self.kept.state_dict(),
+            "drawn": self.drawn.state_dict(),
+            "invalid": [asdict(failure) for failure in self.invalid],
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> Self:
+        """The batch that was saved, its columns on a device."""
+        kept = None if state["kept"] is None else Rollout.from_state(state["kept"]).to(device)
+        invalid = tuple(InvalidReward(**failure) for failure in state["invalid"])
+        return cls(kept, Rollout.from_state(state["drawn"]).to(device), invalid)
 
 
 @dataclass(frozen=True)
@@ -39,6 +72,13 @@ class Collector:
     """Draws prompts, samples, scores, shapes and filters until the batch has as many groups as one draw gives.
 
     A filter with a field ``rounds`` may be refilled that many times; others get one round.
+
+    With ``stale`` = K a batch is handed out ceil(K / U) batches after it was sampled, U the updates that the method's
+    schedule makes on each: its first update comes at least K updates after its sampling (fewer only where updates were
+    left out), as where sampling runs ahead of learning. The first call samples the batches ``in_flight`` too, so that
+    every call hands one out: the first K updates train on what the initial policy sampled, at age 0, U, 2 U, ...
+    Log-probs, rewards and filters are those of the time of sampling; the other columns that credit and loss need are
+    the policy's when the batch is handed out.
     """
 
     policy: Policy
@@ -49,6 +89,8 @@ class Collector:
     limit: int
     token_budget: int
     profiler: Profiler
+    stale: int = 0
+    in_flight: list[Collected] = field(default_factory=list)
 
     def __call__(
         self,
@@ -57,6 +99,26 @@ class Collector:
         progress: Callable[[int, int], None] | None = None,
     ) -> Collected:
         """One batch by the method's parts; every random choice comes from ``generator``."""
+        ahead = math.ceil(self.stale / (method.schedule.epochs * method.schedule.minibatches))
+        tokens = rollouts = 0
+        while True:
+            sampled = self._sampled(method, generator, progress)
+            new = _without(sampled.drawn, Source.REPLAY)
+            # What goes on from an earlier iteration was counted there.
+            tokens += new.n_steps - (int(new["before"].sum()) if "before" in new else 0)
+            rollouts += int((new["before"] == 0).sum()) if "before" in new else new.n_trajectories
+            self.in_flight.append(sampled)
+            if len(self.in_flight) > ahead:
+                break
+        batch = self.in_flight.pop(0)
+        kept = batch.kept
+        if kept is not None:
+            kept = self._evaluated(method, kept, CREDIT)
+        return replace(batch, kept=kept, tokens=tokens, rollouts=rollouts)
+
+    def _sampled(
+        self, method: Method, generator: torch.Generator, progress: Callable[[int, int], None] | None
+    ) -> Collected:
         drawn: list[Rollout] = []
         kept: list[Rollout] = []
         invalid: list[InvalidReward] = []
@@ -76,10 +138,8 @@ class Collector:
         batch = Rollout.concat(kept) if kept else None
         if batch is not None and batch.n_groups > full:
             batch = batch.select(batch.group < full)
-        if batch is not None:
-            batch = self._evaluated(method, batch, ("advantage", "weight", "objective", "regularizer", "aggregation"))
-            if "logp" in method.needs and not self.policy.exact_sampler:
-                batch = self._recomputed(batch)
+        if batch is not None and "logp" in method.needs and not self.policy.exact_sampler:
+            batch = self._recomputed(batch)
         return Collected(batch, Rollout.concat(drawn), tuple(invalid))
 
     def _sample(
@@ -104,12 +164,21 @@ class Collector:
         """With the learner's own log-probs as ``logp``, the sampler's kept as ``logp/sampler``.
 
         In half precision the two differ by more than the trust regions of some objectives; a ratio must start at 1.
+        What is replayed was sampled by other weights, and keeps their log-probs.
         """
         sampled = rollout["logp"]
         again = evaluate_columns(self.policy, rollout, frozenset({"logp"}), self.token_budget, self.profiler)
-        return again.with_columns(step={"logp/sampler": sampled})
+        replayed = rollout.spread(rollout["source"] == Source.REPLAY)
+        return again.with_columns(step={"logp": torch.where(replayed, sampled, again.logp), "logp/sampler": sampled})
+
+
+def _without(rollout: Rollout, *sources: Source) -> Rollout:
+    if "source" not in rollout:
+        return rollout
+    out = torch.isin(rollout["source"], torch.tensor(sources, device=rollout.device))
+    return rollout.select(~out) if bool(out.any()) else rollout
 
 
 def provides(policy: Policy, name: str) -> bool:
     """Whether `evaluate_columns` gives a column of that name for this policy."""
-    return name == SCORE_NORM or bool({name, f"{name.partition('/')[0]}/*"} & policy.columns)
+    return name in (SCORE_NORM, START) or bool({pattern(name), f"{name.partition('/')[0]}/*"} & policy.columns)

@@ -58,6 +58,9 @@ class RunConfig:
     """Prompts per iteration."""
     group: int = 8
     """Trajectories per prompt."""
+    stale: int = 0
+    """Optimizer updates between sampling a batch and learning from it, rounded up to whole batches: sampling runs ahead
+    of learning by that much. The batches ahead are sampled in the first iteration and count in the budget."""
     seed: int = 0
     """The run is a function of it."""
     lr: float | None = None
@@ -116,7 +119,7 @@ class RunConfig:
         for name in ("prompts", "group", "token_budget", "max_rows", "eval_prompts", "eval_samples", "keep"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "beta1", "beta2"):
+        for name in ("stale", "warmup", "weight_decay", "beta1", "beta2"):
             value = getattr(self, name)
             if not value >= 0 or (name.startswith("beta") and value >= 1):
                 bound = "at least 0 and below 1" if name.startswith("beta") else "at least 0"

@@ -97,7 +97,15 @@ def make_trainer(config: RunConfig, run: Path, bar: RunProgress) -> Trainer:
         policy=policy,
         method=method,
         collect=Collector(
-            policy, problem.train, scorer, config.prompts, config.group, limit, config.token_budget, profiler
+            policy,
+            problem.train,
+            scorer,
+            config.prompts,
+            config.group,
+            limit,
+            config.token_budget,
+            profiler,
+            config.stale,
         ),
         optimizer=optimizer,
         optimization=Optimization(rate, config.lr_schedule, config.warmup, config.token_budget),

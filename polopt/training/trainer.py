@@ -72,6 +72,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.method = self.method.clone()
         self.generator = torch.Generator().manual_seed(self.seed)
+        # Sampled and not yet handed out: part of the run's state, whatever is put around the collector.
+        self._in_flight = self.collect.in_flight
         self._saved = -1
 
     # --- the loop -----------------------------------------------------------------------------------------------
@@ -99,15 +101,15 @@ class Trainer:
             metrics |= checks.check_versions(rollout, self.policy.version, self.strict)
             metrics |= checks.sampler_gap(rollout)
             metrics |= self._learn(rollout)
-        tokens = int(batch.drawn.n_steps)
-        self.meter.add(steps=1, tokens=tokens, rollouts=batch.drawn.n_trajectories)
+        self.meter.add(steps=1, tokens=batch.tokens, rollouts=batch.rollouts)
         self._observe(batch, metrics)
 
         self.iteration += 1
         seconds = time.monotonic() - started
         spent = self.meter.spent
         metrics |= {names.NUM_TOKENS: spent.tokens, names.NUM_ROLLOUTS: spent.rollouts}
-        clock = {names.STEP_TIME: seconds, names.TOKENS_PER_SECOND: tokens / seconds, names.SECONDS: spent.seconds}
+        pace = batch.tokens / seconds
+        clock = {names.STEP_TIME: seconds, names.TOKENS_PER_SECOND: pace, names.SECONDS: spent.seconds}
         self.trackers.log(self.iteration, {**metrics, **clock})
         self.on_progress("", metrics)
 
@@ -147,8 +149,10 @@ class Trainer:
         return {**means, **first, names.LEARNING_RATE: rate, "updates/rejected": float(self.rejected)}
 
     def _describe(self, batch: Collected) -> dict[str, float]:
-        """What was sampled, before any of it trains."""
+        """What the batch is that trains now, before it does."""
         drawn = batch.answers
+        if not drawn.n_trajectories:
+            return {"groups/kept": float(batch.kept.n_groups) if batch.kept is not None else 0.0}
         metrics = checks.check_rewards(drawn, self.strict)
         rewards = drawn.reward
         metrics[names.REWARD] = float(rewards.nanmean())
@@ -182,15 +186,17 @@ class Trainer:
 
     def _observe(self, batch: Collected, metrics: dict[str, float]) -> None:
         """Curricula and other parts learn from the iteration; controllers set coefficients for the next one."""
+        answers = batch.answers
         for slot in self.method.slots().values():
             for part in flatten(slot):
-                if hasattr(part, "observe"):
-                    part.observe(batch.answers, self._evaluated)
+                if hasattr(part, "observe") and answers.n_trajectories:
+                    part.observe(answers, self._evaluated)
         if self.method.controller is not None:
             statistics = {
                 **metrics,
                 "trajectories": float(batch.drawn.n_trajectories),
                 "progress": self.budget.fraction(self.meter.spent),
+                "iteration": float(self.iteration + 1),
             }
             self.controlled |= self.method.controller(statistics)
             self._apply_control()
@@ -250,6 +256,7 @@ class Trainer:
             "controlled": dict(self.controlled),
             "policy": self.policy.state_dict(),
             "optimizer": optimizer_state(self.optimizer),
+            "in_flight": [batch.state_dict() for batch in self._in_flight],
             "generator": self.generator.get_state(),
             "random": random_state(),
             "meter": self.meter.state_dict(),
@@ -275,6 +282,8 @@ class Trainer:
         self.method.load_state_dict(state["parts"])
         self.controlled = dict(state["controlled"])
         self._apply_control()
+        device = self.policy.parameters()[0].device
+        self._in_flight[:] = [Collected.from_state(batch, device) for batch in state.get("in_flight", ())]
         self.generator.set_state(state["generator"])
         self.meter.load_state_dict(state["meter"])
         self.iteration, self.rejected = state["iteration"], state["rejected"]

@@ -9,6 +9,7 @@ of the batch are asked for, micro-batches are cut within the chunks.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from torch.nn import Parameter
 
 from polopt.core.loss import Evaluation
 from polopt.core.method import Method
-from polopt.core.policy import Policy
+from polopt.core.policy import START, Policy
 from polopt.core.rollout import Rollout, Unit
 from polopt.training.checks import RatioStatistics
 from polopt.training.profile import Profiler
@@ -36,7 +37,7 @@ def contributing(method: Method, batch: Rollout) -> Tensor:
     """Which trajectories [M] can have a gradient: some step trains and, where the loss vanishes with a column, that
     column is not zero on all of them. For units wider than a trajectory, whole groups or the whole batch count.
     """
-    matters = batch.mask
+    matters = method.trains(batch)
     if method.vanishes_with is not None and method.vanishes_with in batch:
         matters = matters & (batch[method.vanishes_with] != 0)
         if method.weight is not None:
@@ -60,8 +61,9 @@ class BatchStep:
 
     ``token_budget`` bounds what goes through the policy at once (rows times the longest row, prompts included).
     ``on_reject`` is told why an update was given up. After `gradient`, ``ratios`` holds the statistics of pi / pi_old,
-    and ``reused`` says that the sampler's log-probs stood in for the learner's. ``first`` is the ratios of the first
-    `gradient` on a batch that the present weights sampled: there they must be 1.
+    and ``reused`` says that the sampler's log-probs stood in for the learner's. ``first`` is the ratios in the first
+    `gradient` of the trajectories that the present weights sampled: there they must be 1. It is None where there are
+    none, as in a batch that is stale.
     """
 
     policy: Policy
@@ -77,6 +79,7 @@ class BatchStep:
     reused: bool = False
     first: RatioStatistics | None = None
     chunk_square_norms: list[float] = field(default_factory=list)
+    _fresh: RatioStatistics = field(default_factory=RatioStatistics)
 
     @property
     def parameters(self) -> Sequence[Parameter]:
@@ -91,7 +94,7 @@ class BatchStep:
         """
         self.optimizer.zero_grad(set_to_none=True)
         self.finite, self.two_pass, self.reused = True, False, False
-        self.ratios, self.chunk_square_norms = RatioStatistics(), []
+        self.ratios, self.chunk_square_norms, self._fresh = RatioStatistics(), [], RatioStatistics()
         active = contributing(self.method, self.batch)
         if not bool(active.any()):
             return {"loss": 0.0}
@@ -107,11 +110,29 @@ class BatchStep:
             self.two_pass = True
             plan = [_bins(work, part, "trajectory", cost, self.token_budget) for part in parts]
             metrics = self._two_passes(work, plan)
-        if self.first is None and not self.reused and _is_fresh(self.policy, self.batch):
-            self.first = self.ratios
+        if self.first is None and not self.reused and self._fresh.steps:
+            self.first = self._fresh
         if not self.finite:
             self.optimizer.zero_grad(set_to_none=True)
         return metrics
+
+    def preview(self) -> float:
+        """The KL of a whole step along ``.grad``, for two forward passes and a copy of parameters and moments."""
+        kept = [parameter.detach().clone() for parameter in self.parameters]
+        state = copy.deepcopy(self.optimizer.state_dict())
+        before = self._present_logp()
+        self.optimizer.step()
+        gap = (self._present_logp() - before)[self.batch.mask].clamp(-20, 20)
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, kept, strict=True):
+                parameter.copy_(value)
+        self.optimizer.load_state_dict(state)
+        return float((torch.expm1(gap) - gap).mean()) if gap.numel() else 0.0
+
+    def _present_logp(self) -> Float[Tensor, " step"]:
+        return evaluate_columns(
+            self.policy, self.batch, frozenset({"logp"}), self.token_budget, self.profiler
+        ).logp
 
     def apply(self, scale: float = 1.0) -> None:
         """Step along ``.grad``, at ``scale`` times the learning rate, and count the version up."""
@@ -176,7 +197,7 @@ class BatchStep:
             with self.profiler.phase("evaluate"):
                 evaluation = self.policy.evaluate(piece, self.method.evaluates)
                 loss, metrics = self.method.loss(evaluation, piece)
-                self.ratios.add(evaluation, piece)
+                self._count(evaluation, piece)
             if not self._check(loss):
                 return totals
             _accumulate(totals, loss, metrics)
@@ -197,7 +218,7 @@ class BatchStep:
             }
             evaluation = Evaluation(leaves)
             loss, metrics = self.method.loss(evaluation, whole)
-            self.ratios.add(evaluation, whole)
+            self._count(evaluation, whole)
         totals: dict[str, float] = {}
         if not self._check(loss):
             return totals
@@ -231,6 +252,11 @@ class BatchStep:
             evaluated = [self.policy.evaluate(piece, names) for piece in pieces]
         return {name: torch.cat([e[name] for e in evaluated]) for name in names}
 
+    def _count(self, evaluation: Evaluation, piece: Rollout) -> None:
+        self.ratios.add(evaluation, piece)
+        if self.first is None and "version" in piece:
+            self._fresh.add(evaluation, piece, only=piece["version"] == self.policy.version)
+
     def _check(self, loss: Tensor) -> bool:
         if not bool(torch.isfinite(loss.detach())):
             self.reject(f"the loss is {float(loss.detach())}")
@@ -260,7 +286,8 @@ def evaluate_columns(
 ) -> Rollout:
     """The rollout with these functionals of the policy and its frozen models as step columns, without gradient.
 
-    `SCORE_NORM` becomes a trajectory column.
+    `SCORE_NORM` becomes a trajectory column. `START` costs a forward pass over what other weights sampled; where the
+    present ones did, it is ``logp``.
     """
     if not names or rollout.n_trajectories == 0:
         return rollout
@@ -268,6 +295,16 @@ def evaluate_columns(
         with profiler.phase("evaluate"):
             rollout = rollout.with_columns(trajectory={SCORE_NORM: score_norms(policy, rollout)})
         return evaluate_columns(policy, rollout, names - {SCORE_NORM}, token_budget, profiler)
+    if START in names:
+        # The learner's own log-probs of what these weights sampled are there already.
+        own = policy.exact_sampler or "logp/sampler" in rollout
+        other = (rollout["version"] != policy.version) if own else torch.ones_like(rollout.lengths, dtype=torch.bool)
+        start = rollout.logp.clone()
+        if bool(other.any()):
+            again = evaluate_columns(policy, rollout.select(other), frozenset({"logp"}), token_budget, profiler)
+            start[rollout.spread(other)] = again.logp.to(start)
+        rollout = rollout.with_columns(step={START: start})
+        return evaluate_columns(policy, rollout, names - {START}, token_budget, profiler)
     order = rollout.bins("trajectory", policy.cost(rollout), token_budget)
     found: dict[str, Tensor] = {}
     first = rollout.lengths.cumsum(0) - rollout.lengths
@@ -283,7 +320,7 @@ def evaluate_columns(
             at = first[index].repeat_interleave(lengths) + within
             for name in names:
                 value = evaluation[name]
-                found.setdefault(name, value.new_zeros(rollout.n_steps))[at] = value
+                found.setdefault(name, value.new_zeros(rollout.n_steps, *value.shape[1:]))[at] = value
     return rollout.with_columns(step=found)
 
 

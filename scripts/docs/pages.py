@@ -94,8 +94,8 @@ def methods_index() -> str:
             ]
             for m in members
         ]
-        about = first_line(_module(f"polopt.methods.{family}"))
-        lines += [f"## {family.replace('_', ' ').capitalize()}", text(about)] if about else [f"## {family}"]
+        about = first_line(_module(f"polopt.methods.{family.replace('-', '_')}"))
+        lines += [f"## {family.replace('-', ' ').capitalize()}", text(about)] if about else [f"## {family}"]
         lines.append(table(["method", "paper", "advantage", "objective", "aggregation"], rows))
     return "\n\n".join(lines) + "\n"
 

@@ -68,7 +68,7 @@ def configuration() -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     titles: dict[str, list[Any]] = {
         "methods/index.md": [
-            {family.replace("_", " ").capitalize(): [{name_of(m): f"methods/{m.slug}.md"} for m in members]}
+            {family.replace("-", " ").capitalize(): [{name_of(m): f"methods/{m.slug}.md"} for m in members]}
             for family, members in pages.families().items()
         ],
         "parts/index.md": [{slot.capitalize(): f"parts/{slot}.md"} for slot in SLOTS],

@@ -38,7 +38,7 @@ def test_every_base_method_has_its_claims() -> None:
 @pytest.mark.parametrize("slug", list(claims()))
 def test_the_design_is_written_down(slug: str) -> None:
     family = methods()[slug].family
-    doc = importlib.import_module(f"polopt.claims.{family}.{slug.replace('-', '_')}").__doc__ or ""
+    doc = importlib.import_module(f"polopt.claims.{family.replace('-', '_')}.{slug.replace('-', '_')}").__doc__ or ""
     paper = methods()[slug].paper.removeprefix("arXiv:").split()[-1]
     assert paper in doc and "Design, fixed before the first run" in doc
 

@@ -46,6 +46,17 @@ def test_methods_are_compared_in_the_small_world(run: Run, tmp_path: Path) -> No
     assert numbers["contenders"][1]["versus"]["difference"]["low"] is None
 
 
+def test_staleness_is_a_world_of_its_own(run: Run, tmp_path: Path) -> None:
+    small = ("--problem", "sparse-rewards", "--budget", "steps=2", "--seeds", 1)
+    found = run("compare", "grpo", *small, "--stale", 0, 3, *CACHED, "--out", "x")
+    assert found.code == 0, found.err
+    numbers = json.loads((tmp_path / "x" / "compare.json").read_text())
+    assert [world["stale"] for world in numbers["plan"]["worlds"]] == [0, 3]
+    # Three batches of 8 prompts are sampled ahead, in the first of two steps.
+    rollouts = {run["world"]: run["points"][-1]["rollouts"] for run in numbers["runs"]}
+    assert rollouts == {"sparse-rewards stale 0": 128, "sparse-rewards stale 3": 320}
+
+
 def test_learning_rates_are_tuned(run: Run, tmp_path: Path) -> None:
     found = run("compare", "grpo", "gspo", *QUICK, *CACHED, "--tune-lr", "0.01,0.1", "--tune-seeds", 1, "--out", "x")
     assert found.code == 0 and "8 runs in" in found.out and "try others beyond it" in found.out

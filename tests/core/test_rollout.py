@@ -321,3 +321,20 @@ def test_group_labels_may_be_any_integers() -> None:
     labelled = Rollout.from_arrays([0, 1, 2], [7, -3, 7], trajectories={"reward": [1.0, 2.0, 3.0]})
     assert labelled.group.tolist() == [1, 0, 1]
     assert labelled.counts.groups == 2.0
+
+
+def test_a_part_with_a_mask_of_its_own_sees_its_steps_and_their_count() -> None:
+    mask = torch.tensor([True, False, True, False, True])
+    critic = torch.tensor([False, False, True, True, True])
+    rollout = Rollout.from_arrays([0, 0, 1, 1, 1], [0, 0], step={"mask": mask, "mask/critic": critic})
+    assert rollout.under("mask") is rollout
+    seen = rollout.under("mask/critic")
+    assert torch.equal(seen.mask, critic) and torch.equal(rollout.mask, mask)
+    # Of a piece the counts are those of the whole batch, for both; and again of what is saved.
+    piece = Rollout.from_state(rollout.piece(torch.tensor([1])).state_dict())
+    assert piece.counts.steps == 3 and piece.under("mask/critic").counts.steps == 3
+    assert rollout.select(torch.tensor([1])).under("mask/critic").counts.steps == 3
+    one = rollout.select(torch.tensor([0]))
+    assert one.counts.steps == 1 and one.under("mask/critic").counts.steps == 0
+    with pytest.raises(MissingColumn, match="mask/actor"):
+        rollout.under("mask/actor")

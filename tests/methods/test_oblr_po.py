@@ -171,6 +171,9 @@ class Chunks:
     chunk_square_norms: Sequence[float] = ()
     scales: list[float] = field(default_factory=list)
     rejected: list[str] = field(default_factory=list)
+    # Not asked for here.
+    batch: Any = None
+    preview: Any = None
 
     def gradient(self, chunks: int = 1) -> dict[str, float]:
         rows = np.array(self.gradients, dtype=np.float64)

@@ -108,7 +108,7 @@ def test_padding_does_not_matter(method: Method, extra: int) -> None:
         matrix = rollout.pad(values)
         # What padding holds is anything but zero.
         matrix = matrix.masked_fill(rollout.pad(torch.ones_like(values)) == 0, 1)
-        return torch.cat([matrix, matrix.new_ones(len(matrix), extra)], dim=1)
+        return torch.cat([matrix, matrix.new_ones(len(matrix), extra, *values.shape[1:])], dim=1)
 
     columns = {name: padded(value) for name, value in rollout.columns["step"].items() if name != "mask"}
     mask = torch.nn.functional.pad(rollout.pad(rollout.mask.long()), (0, extra))
@@ -128,7 +128,7 @@ def test_masked_steps_do_not_matter(method: Method, garbage: float) -> None:
     rollout = batch(method, dataclasses.replace(MIXED, invalid=(5,)))
     spoilt = rollout.with_columns(
         step={
-            name: value.masked_fill(~rollout.mask, garbage)
+            name: value.masked_fill(~rollout.mask.view(-1, *[1] * (value.ndim - 1)), garbage)
             for name, value in rollout.columns["step"].items()
             if value.is_floating_point()
         }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -80,7 +81,9 @@ def make_tiny(seed: int = 0) -> CountingPolicy:
 def short(slug: str, **slots: Any) -> Method:
     """A registered method whose completions end early at some tokens, with its own state and other slots replaced."""
     method = get_method(slug)
-    return (method | {"rollout": dataclasses.replace(method.rollout, stop_ids=ENDS), **slots}).clone()
+    # Of what a window cuts something is long enough to be right.
+    options = {"window": 7} if hasattr(method.rollout, "window") else {}
+    return (method | {"rollout": dataclasses.replace(method.rollout, stop_ids=ENDS, **options), **slots}).clone()
 
 
 def make_collector(policy: CausalLM, reward: NamedReward = EVEN, **changes: Any) -> Collector:
@@ -146,6 +149,10 @@ def plain_evaluation(policy: CausalLM, batch: Rollout) -> Evaluation:
         "logp": probabilities.gather(1, ids[row, time][:, None])[:, 0],
         "entropy": -(probabilities.exp() * probabilities).sum(-1),
     }
+    if "kept" in batch:
+        bits = np.unpackbits(batch["kept"].numpy(), axis=1, count=probabilities.shape[1], bitorder="little")
+        inside = (probabilities.exp() * torch.from_numpy(bits)).sum(-1)
+        columns["masked_logp"] = columns["logp"] - inside.log()
     if policy.critic is not None:
         columns["value"] = policy.critic(out.hidden_states[-1][row, time - 1])
     return Evaluation(columns)

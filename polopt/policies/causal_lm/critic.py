@@ -11,23 +11,38 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from polopt.core.errors import UsageError
+from polopt.policies.values import initial_values
 
 FILE: Final = "critic.safetensors"
 
 
 class ValueHead(nn.Module):
-    """V = w . h + b in float32, with w and b zero at first, so that values start at 0 whatever the trunk."""
+    """V_k = w_k . h + b_k in float32, for each of ``heads`` heads.
 
-    def __init__(self, hidden_size: int) -> None:
+    A single head starts at zero, so that values are 0 whatever the trunk. Several start at random, always the same:
+    normal weights (`polopt.policies.values.initial_values`) over sqrt(hidden size), since equal heads would stay equal.
+    """
+
+    def __init__(self, hidden_size: int, heads: int = 1) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        self.linear = nn.Linear(hidden_size, heads, dtype=torch.float32)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+        if heads > 1:
+            with torch.no_grad():
+                self.linear.weight.copy_(initial_values(heads, hidden_size) / hidden_size**0.5)
 
-    def forward(self, hidden: Float[Tensor, "position hidden"]) -> Float[Tensor, " position"]:
+    @property
+    def heads(self) -> int:
+        """How many values there are."""
+        return self.linear.out_features
+
+    def forward(self, hidden: Float[Tensor, "position hidden"], head: int = 1) -> Float[Tensor, " position"]:
+        """Values by one head, numbered from 1."""
         # A sum of many small terms whose rounding would be the error of the value: float32 also under autocast.
         with torch.autocast(hidden.device.type, enabled=False):
-            return torch.nn.functional.linear(hidden.float(), self.linear.weight, self.linear.bias).squeeze(-1)
+            own = slice(head - 1, head)
+            return torch.nn.functional.linear(hidden.float(), self.linear.weight[own], self.linear.bias[own])[:, 0]
 
 
 def save_critic(head: ValueHead, folder: Path) -> None:

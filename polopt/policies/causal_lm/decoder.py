@@ -13,8 +13,9 @@ rounding of floating-point kernels, which may differ with the batch size).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from polopt.core.errors import UsageError
 from polopt.core.policy import Sampling
-from polopt.policies.causal_lm.fallback import decode_with_generate, evaluating
+from polopt.policies.causal_lm.fallback import MaskPolicy, decode_with_generate, evaluating
 from polopt.policies.causal_lm.families import Network, hidden_states, logits, read, rotary_table, supports, unwrap
 from polopt.policies.causal_lm.generations import Generations, Progress, Recorder, Request, check_request
 from polopt.policies.sampling import draw, uniforms
@@ -57,9 +58,13 @@ def generate(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
     limits: Sequence[int | None] | None = None,
+    mask: MaskPolicy | None = None,
 ) -> Generations:
-    """``decode`` where the model is supported, ``decode_with_generate`` elsewhere."""
-    run = decode if supports(model) else decode_with_generate
+    """``decode`` where the model is supported, ``decode_with_generate`` elsewhere and where a mask policy has a say."""
+    if mask is not None:
+        run: Callable[..., Generations] = partial(decode_with_generate, mask=mask)
+    else:
+        run = decode if supports(model) else decode_with_generate
     return run(
         model,
         prompts,

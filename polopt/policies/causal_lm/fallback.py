@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from polopt.policies.causal_lm.generations import Generations, Progress, Recorder, Request, check_request
+from polopt.policies.nucleus import nucleus
 from polopt.policies.sampling import draw, uniforms
 
 
@@ -32,11 +35,13 @@ def decode_with_generate(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
     limits: Sequence[int | None] | None = None,
+    mask: MaskPolicy | None = None,
 ) -> Generations:
     """As ``decode``, for any model with ``generate``: same fields, and the same draws from the same seeds.
 
     ``generate`` only runs the forward passes; a logits processor makes the draw and forces it. Prompts are left-padded,
-    except for recurrent models, whose state padding would enter: those run in batches of equal length.
+    except for recurrent models, whose state padding would enter: those run in batches of equal length. ``mask`` says at
+    every step which tokens may be drawn, for one more forward pass.
     """
     request = check_request(
         model,
@@ -55,7 +60,7 @@ def decode_with_generate(
     device = request.device.type
     with evaluating(model), _own_generation_config(model), autocast(device, dtype):
         for rows in _batches(request, exact_lengths=bool(getattr(model, "_is_stateful", False))):
-            _run(model, request, recorder, rows)
+            _run(model, request, recorder, rows, mask)
     return recorder.finish()
 
 
@@ -72,7 +77,9 @@ def _batches(request: Request, exact_lengths: bool) -> Iterator[NDArray[np.int64
         start += len(rows)
 
 
-def _run(model: Any, request: Request, recorder: Recorder, rows: NDArray[np.int64]) -> None:
+def _run(
+    model: Any, request: Request, recorder: Recorder, rows: NDArray[np.int64], policy: MaskPolicy | None
+) -> None:
     prompts = [request.prompts[request.owner[row]] for row in rows]
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=request.device)
@@ -80,11 +87,12 @@ def _run(model: Any, request: Request, recorder: Recorder, rows: NDArray[np.int6
     steps = int(request.limits[rows].max())
     recorder.begin(rows, np.zeros(len(rows), np.int64))
     config = _plain_config(do_sample=False, num_beams=1, max_new_tokens=steps, pad_token_id=0)
+    allowed = None if policy is None else policy.start(mask)
     model.generate(
         input_ids=ids,
         attention_mask=mask,
         generation_config=config,
-        logits_processor=LogitsProcessorList([_Chooser(request, recorder, rows)]),
+        logits_processor=LogitsProcessorList([_Chooser(request, recorder, rows, allowed)]),
         stopping_criteria=StoppingCriteriaList([_Ended(recorder)]),
     )
 
@@ -93,17 +101,58 @@ def _plain_config(**options: Any) -> GenerationConfig:
     return GenerationConfig(**options)  # type: ignore[no-untyped-call]
 
 
+@dataclass(frozen=True)
+class MaskPolicy:
+    """The tokens that may be drawn: the nucleus of a model (`polopt.policies.nucleus.nucleus`) at temperature 1.
+
+    ``weights`` opens a context in which a Hugging Face module holds its weights.
+    """
+
+    weights: Callable[[], AbstractContextManager[Any]]
+    p: float
+    least: int
+    always: tuple[int, ...]
+
+    def start(self, mask: Tensor) -> Callable[[Tensor], Tensor]:
+        """Allowed tokens [row, vocab] after the tokens [row, time] of one batch, which grow by one from call to call.
+
+        ``mask`` is that of the left-padded prompts.
+        """
+        past: Any = None
+
+        def allowed(ids: Tensor) -> Tensor:
+            nonlocal past
+            with self.weights() as model:
+                grown = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+                inputs = {"input_ids": ids, "attention_mask": grown}
+                if "position_ids" in inspect.signature(model.forward).parameters:
+                    inputs["position_ids"] = (grown.cumsum(-1) - 1).clamp_min(0)
+                # The state of a recurrent model goes by other names; it reads everything again.
+                cached = not getattr(model, "_is_stateful", False)
+                if past is not None:
+                    inputs = {n: v if n == "attention_mask" else v[:, -1:] for n, v in inputs.items()}
+                with evaluating(model):
+                    out = model(**inputs, past_key_values=past, use_cache=True) if cached else model(**inputs)
+            past = out.past_key_values if cached else None
+            return nucleus(out.logits[:, -1].float().softmax(-1), self.p, self.least, self.always)
+
+        return allowed
+
+
 class _Chooser(LogitsProcessor):
     """Draws with the trajectories' own randomness and leaves ``generate`` no other choice."""
 
-    def __init__(self, request: Request, recorder: Recorder, rows: NDArray[np.int64]) -> None:
-        self.request, self.recorder = request, recorder
+    def __init__(
+        self, request: Request, recorder: Recorder, rows: NDArray[np.int64], allowed: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        self.request, self.recorder, self.allowed = request, recorder, allowed
         self.seeds = request.seeds[torch.from_numpy(rows).to(request.device)]
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = torch.full_like(self.seeds, self.step)
-        chosen = draw(scores, uniforms(self.seeds, step), self.request.sampling, self.request.entropy)
+        allowed = None if self.allowed is None else self.allowed(input_ids)
+        chosen = draw(scores, uniforms(self.seeds, step), self.request.sampling, self.request.entropy, allowed)
         self.recorder.add(chosen)
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen.token[:, None], 0.0)

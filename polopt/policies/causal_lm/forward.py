@@ -6,21 +6,29 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from polopt.core.policy import MASKED, OUTPUT_LAYER, TOP, head_of
 from polopt.policies.causal_lm.critic import ValueHead
 from polopt.policies.causal_lm.fused import (
     linear_divergences,
     linear_functionals,
+    linear_top,
     logit_divergences,
     logit_functionals,
+    logit_top,
 )
 from polopt.policies.causal_lm.loading import text_config
 from polopt.policies.causal_lm.payload import TokenPayload
+from polopt.policies.nucleus import masked_functionals, unpack
+
+MASKED_LOGITS: Final = 2**24
+"""Logits that are held at once where tokens are masked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +92,44 @@ class OutputLayer:
             scale=self.scale,
         )
 
+    def masked(
+        self,
+        base: Any,
+        hidden: Float[Tensor, "step hidden"],
+        batch: Batch,
+        kept: UInt8[Tensor, "step byte"],
+        names: frozenset[str],
+    ) -> dict[str, Tensor]:
+        """`masked_functionals`; the logits of a chunk are computed again in the backward pass."""
+        head = base.get_output_embeddings()
+        ordered = sorted(names)
+
+        def of_rows(states: Tensor, targets: Tensor, temperature: Tensor, bits: Tensor) -> tuple[Tensor, ...]:
+            z = nn.functional.linear(states, head.weight, head.bias)
+            z = z.to(torch.promote_types(z.dtype, torch.float32)) * self.scale
+            z = z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
+            found = masked_functionals(z / temperature[:, None], targets, unpack(bits, z.shape[-1]), ordered)
+            return tuple(found[name] for name in ordered)
+
+        rows = max(1, MASKED_LOGITS // head.weight.shape[0])
+        columns = (hidden, batch.targets, batch.temperature, kept)
+        pieces = zip(*(torch.split(column, rows) for column in columns), strict=True)
+        chunks = [checkpoint(of_rows, *piece, use_reentrant=False) for piece in pieces]
+        return {name: torch.cat(parts) for name, parts in zip(ordered, zip(*chunks, strict=True), strict=True)}
+
+    def most_likely(self, base: Any, hidden: Float[Tensor, "step hidden"], batch: Batch) -> dict[str, Tensor]:
+        """``top_id`` and ``top_logp`` [N, K] of the `TOP` most likely tokens."""
+        head = base.get_output_embeddings()
+        return linear_top(
+            hidden,
+            head.weight,
+            TOP,
+            bias=head.bias,
+            temperature=batch.temperature,
+            softcap=self.softcap,
+            scale=self.scale,
+        )
+
 
 def output_layer(base: Any) -> OutputLayer | None:
     """The output layer of a model, or None where its logits are not those of a linear layer on its trunk.
@@ -118,12 +164,19 @@ def evaluate_batch(
     *,
     dtype: torch.dtype | None,
     critic: ValueHead | None = None,
+    kept: UInt8[Tensor, "step byte"] | None = None,
 ) -> dict[str, Float[Tensor, " step"]]:
-    """``names`` of ``logp``, ``entropy``, ``lse``, ``collision``, and with a critic ``value``, at every step, float32.
+    """``names`` of ``logp``, ``entropy``, ``lse``, ``collision``, these at a temperature (``logp@1.2``), and with a
+    critic ``value`` and ``value/<head>``, at every step, float32; and `polopt.core.policy.OUTPUT_LAYER`. ``kept``
+    says which tokens could be drawn, for ``masked_logp`` and ``masked_entropy``.
 
     ``dtype`` computes under autocast. Everything is a function of the prefix before the step.
     """
-    of_logits = names - {"value"}
+    values = {name: head for name in names if (head := head_of(name)) is not None}
+    of_states = {*values, "hidden"} & names
+    top = bool(OUTPUT_LAYER & names - {"hidden"})
+    masked = names & MASKED if kept is not None else frozenset()
+    of_logits = names - of_states - OUTPUT_LAYER - MASKED
     # Each pass has an autocast of its own: its cache would hand casts made without gradient to a pass that needs one.
     with _autocast(batch.ids.device, dtype), _without_dropout(base):
         if layer is not None:
@@ -131,13 +184,23 @@ def evaluate_batch(
             states = trunk(**_inputs(trunk, batch)).last_hidden_state
             hidden = states.flatten(0, 1).index_select(0, batch.steps)
             found = layer.functionals(base, hidden, batch, of_logits) if of_logits else {}
+            found |= layer.most_likely(base, hidden, batch) if top else {}
+            if kept is not None and masked:
+                found |= layer.masked(base, hidden, batch, kept, masked)
         else:
-            out = base(**_inputs(base, batch), output_hidden_states="value" in names)
+            out = base(**_inputs(base, batch), output_hidden_states=bool(of_states))
             logits = out.logits.flatten(0, 1).index_select(0, batch.steps)
             found = logit_functionals(logits, batch.targets, of_logits, temperature=batch.temperature)
-            hidden = out.hidden_states[-1].flatten(0, 1).index_select(0, batch.steps) if "value" in names else None
-        if "value" in names and critic is not None and hidden is not None:
-            found["value"] = critic(hidden)
+            found |= logit_top(logits, TOP, temperature=batch.temperature) if top else {}
+            if kept is not None and masked:
+                tempered = logits.float() / batch.temperature[:, None]
+                found |= masked_functionals(tempered, batch.targets, unpack(kept, logits.shape[-1]), masked)
+            hidden = out.hidden_states[-1].flatten(0, 1).index_select(0, batch.steps) if of_states else None
+        if hidden is not None and critic is not None:
+            found |= {name: critic(hidden, head) for name, head in values.items()}
+        if hidden is not None and "hidden" in names:
+            scale = 1.0 if layer is None else layer.scale
+            found["hidden"] = hidden.detach() * (scale / batch.temperature[:, None])
     return found
 
 

@@ -7,16 +7,18 @@ logits of a chunk again, so that the memory beyond inputs, outputs and gradients
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-FUNCTIONALS: Final = frozenset({"logp", "entropy", "lse", "collision"})
-"""What `linear_functionals` can compute. One more is one line each in `_values` and `_gradient`."""
+from polopt.core.policy import TEMPERED, split_temperature
+
+FUNCTIONALS: Final = frozenset(TEMPERED)
+"""What `linear_functionals` can compute, at any temperature. One more is one line each in `_values` and `_gradient`."""
 
 DIVERGENCES: Final = frozenset({"hellinger", "kl"})
 """What `linear_divergences` can compute."""
@@ -51,12 +53,12 @@ def linear_functionals(
     ``collision`` = sum_v p_i[v]^2 (the chance that two draws agree), with z as above. The matrix product runs in the
     autocast dtype, or else in the wider dtype of ``hidden`` and ``weight``; everything after it in float32 (float64 for
     float64), which is also the dtype returned. ``temperature`` (one, or one per position, positive) is a constant.
-    ``chunk`` rows go through at a time; None chooses by memory.
+    ``logp@1.2`` is the functional at 1.2 in its place: one matrix product serves all temperatures. ``chunk`` rows go
+    through at a time; None chooses by memory.
 
     Raises ValueError for an unknown name.
     """
-    if unknown := names - FUNCTIONALS:
-        raise ValueError(f"unknown functional {min(unknown)!r} (known: {', '.join(sorted(FUNCTIONALS))})")
+    heats = _heats(names)
     compute, full = _dtypes(hidden, weight)
     inverse = _inverse(temperature, full, hidden)
     if chunk is None:
@@ -67,10 +69,9 @@ def linear_functionals(
             z = z if softcap is None else torch.tanh(z / softcap) * softcap
             return logit_functionals(z, targets, names, temperature=temperature)
         chunk = _rows_at_once(hidden, weight, full)
-    ordered = tuple(sorted(names))
     layer = _Layer(compute, full, softcap, scale)
-    outputs = _apply(hidden, weight, bias, targets, inverse, ordered, layer, chunk)
-    return dict(zip(ordered, outputs, strict=True))
+    outputs = _apply(hidden, weight, bias, targets, inverse, heats, layer, chunk)
+    return dict(zip((name for heat in heats for name in heat.names), outputs, strict=True))
 
 
 def logit_functionals(
@@ -82,21 +83,70 @@ def logit_functionals(
 ) -> dict[str, Float[Tensor, " position"]]:
     """The functionals of `linear_functionals` from logits that are there already, in float32 (float64 for float64)."""
     full = torch.promote_types(logits.dtype, torch.float32)
-    z = logits.to(full)
-    if isinstance(temperature, Tensor) or temperature != 1.0:
-        z = z * torch.as_tensor(temperature, dtype=full, device=z.device).reciprocal().expand(z.shape[0])[:, None]
     found: dict[str, Tensor] = {}
-    if names & {"logp", "entropy", "collision"}:
+    for heat in _heats(names):
+        t = temperature if heat.temperature is None else heat.temperature
+        z = logits.to(full)
+        if isinstance(t, Tensor) or t != 1.0:
+            z = z * torch.as_tensor(t, dtype=full, device=z.device).reciprocal().expand(z.shape[0])[:, None]
+        found |= zip(heat.names, _plainly(z, targets, heat.functionals), strict=True)
+    return found
+
+
+def _plainly(z: Tensor, targets: Tensor, functionals: tuple[str, ...]) -> list[Tensor]:
+    """Functionals of tempered logits by torch's own operations."""
+    found: dict[str, Tensor] = {}
+    if {"logp", "entropy", "collision"} & set(functionals):
         logp = z.log_softmax(-1)
         found["logp"] = logp.gather(-1, targets[:, None]).squeeze(-1)
-        if "collision" in names:
+        if "collision" in functionals:
             found["collision"] = (2 * logp).exp().sum(-1)
-        if "entropy" in names:
+        if "entropy" in functionals:
             # A model may rule tokens out with logits of -inf; 0 * log 0 is 0.
-            found["entropy"] = -(logp.exp() * logp.clamp_min(torch.finfo(full).min)).sum(-1)
-    if "lse" in names:
+            found["entropy"] = -(logp.exp() * logp.clamp_min(torch.finfo(z.dtype).min)).sum(-1)
+    if "lse" in functionals:
         found["lse"] = z.logsumexp(-1)
-    return {name: found[name] for name in names}
+    return [found[name] for name in functionals]
+
+
+@torch.no_grad()
+def linear_top(
+    hidden: Float[Tensor, "position hidden"],
+    weight: Float[Tensor, "token hidden"],
+    count: int,
+    *,
+    bias: Float[Tensor, " token"] | None = None,
+    temperature: float | Float[Tensor, " position"] = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk: int | None = None,
+) -> dict[str, Tensor]:
+    """``top_id`` and ``top_logp`` [n, min(count, V)]: the most likely tokens and their log-probs, constants.
+
+    Logits are those of `linear_functionals`; ``chunk`` rows go through at a time.
+    """
+    compute, full = _dtypes(hidden, weight)
+    layer = _Layer(compute, full, softcap, scale)
+    inverse = _inverse(temperature, full, hidden)
+    chunk = chunk or _rows_at_once(hidden, weight, full)
+    found: list[dict[str, Tensor]] = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        w = weight.to(compute)
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            found.append(logit_top(layer.logits(hidden[rows].to(compute), w, bias, inverse[rows]), count))
+    return {name: torch.cat([each[name] for each in found]) for name in ("top_id", "top_logp")}
+
+
+@torch.no_grad()
+def logit_top(
+    logits: Float[Tensor, "position token"], count: int, *, temperature: float | Float[Tensor, " position"] = 1.0
+) -> dict[str, Tensor]:
+    """What `linear_top` gives, from logits that are there already, in float32 (float64 for float64)."""
+    full = torch.promote_types(logits.dtype, torch.float32)
+    z = logits.to(full) * _inverse(temperature, full, logits)[:, None]
+    top, ids = z.topk(min(count, z.shape[1]))
+    return {"top_id": ids, "top_logp": top - z.logsumexp(-1, keepdim=True)}
 
 
 @torch.no_grad()
@@ -162,6 +212,32 @@ def logit_divergences(
         # A token that the first model rules out adds nothing, whatever the second says.
         found["kl"] = torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).clamp_min(0)
     return found
+
+
+class _Heat(NamedTuple):
+    """The functionals that are wanted at one temperature (None: at each position's own), and their names there."""
+
+    temperature: float | None
+    functionals: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def inverse(self, own: Tensor) -> Tensor:
+        """1 / T of each position, [n]."""
+        return own if self.temperature is None else torch.full_like(own, 1 / self.temperature)
+
+
+def _heats(names: frozenset[str]) -> tuple[_Heat, ...]:
+    """The names by temperature, the positions' own first."""
+    wanted: dict[str, list[str]] = {}
+    for name in sorted(names):
+        functional, temperature = name.partition("@")[::2]
+        if functional not in FUNCTIONALS:
+            raise ValueError(f"unknown functional {name!r} (known: {', '.join(sorted(FUNCTIONALS))})")
+        wanted.setdefault(temperature, []).append(name)
+    return tuple(
+        _Heat(split_temperature(group[0])[1], tuple(name.partition("@")[0] for name in group), tuple(group))
+        for _, group in sorted(wanted.items())
+    )
 
 
 def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -267,33 +343,43 @@ class _LinearFunctionals(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         inverse: Tensor,
-        names: tuple[str, ...],
+        heats: tuple[_Heat, ...],
         layer: _Layer,
         chunk: int,
     ) -> tuple[Tensor, ...]:
         n = hidden.shape[0]
-        outputs = {name: hidden.new_empty(n, dtype=layer.full) for name in names}
-        lse = hidden.new_empty(n, dtype=layer.full)
+        outputs = [[hidden.new_empty(n, dtype=layer.full) for _ in heat.functionals] for heat in heats]
+        lse = hidden.new_empty(len(heats), n, dtype=layer.full)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(layer.compute)
             for start in range(0, n, chunk):
                 rows = slice(start, start + chunk)
-                z = layer.logits(hidden[rows].to(layer.compute), w, bias, inverse[rows])
-                values, lse[rows] = _values(names, z, targets[rows])
-                for name, value in values.items():
-                    outputs[name][rows] = value
-        ctx.names, ctx.layer, ctx.chunk = names, layer, chunk
+                h = hidden[rows].to(layer.compute)
+                for k, z in enumerate(_each_heat(heats, layer, h, w, bias, inverse[rows])):
+                    values, lse[k, rows] = _values(heats[k].functionals, z, targets[rows])
+                    for output, value in zip(outputs[k], values.values(), strict=True):
+                        output[rows] = value
+        ctx.heats, ctx.layer, ctx.chunk = heats, layer, chunk
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, targets, inverse, lse, *(outputs[name] for name in names))
-        return tuple(outputs[name] for name in names)
+        flat = tuple(output for group in outputs for output in group)
+        ctx.save_for_backward(hidden, weight, bias, targets, inverse, lse, *flat)
+        return flat
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, inverse, lse, *outputs = ctx.saved_tensors
         layer: _Layer = ctx.layer
-        values = dict(zip(ctx.names, outputs, strict=True))
-        grads = {name: g for name, g in zip(ctx.names, grad_outputs, strict=True) if g is not None}
+        # Temperatures at which nothing is differentiated cost nothing here.
+        heats, values, grads, sums = [], [], [], []
+        given = iter(zip(outputs, grad_outputs, strict=True))
+        for heat, sum_ in zip(ctx.heats, lse, strict=True):
+            own = {name: next(given) for name in heat.functionals}
+            if any(g is not None for _, g in own.values()):
+                heats.append(heat)
+                sums.append(sum_)
+                values.append({name: value for name, (value, _) in own.items()})
+                grads.append({name: g for name, (_, g) in own.items() if g is not None})
         if not grads:
             return (None,) * 8
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -302,17 +388,22 @@ class _LinearFunctionals(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=layer.full) if need_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(layer.compute)
-            for rows in _live_chunks(grads, hidden.shape[0], ctx.chunk):
+            live = [grad for group in grads for grad in group.values()]
+            for rows in _live_chunks(live, hidden.shape[0], ctx.chunk):
                 h = hidden[rows].to(layer.compute)
-                logp = layer.logits(h, w, bias, inverse[rows]).sub_(lse[rows, None])
-                slope = layer.slope(logp, lse[rows], inverse[rows])
-                g = _gradient(
-                    logp,
-                    targets[rows],
-                    {name: value[rows] for name, value in values.items()},
-                    {name: grad[rows].to(layer.full) for name, grad in grads.items()},
-                ).mul_(slope)
-                del logp, slope
+                g = None
+                for k, z in enumerate(_each_heat(heats, layer, h, w, bias, inverse[rows])):
+                    logp = z.sub_(sums[k][rows, None])
+                    slope = layer.slope(logp, sums[k][rows], heats[k].inverse(inverse[rows]))
+                    part = _gradient(
+                        logp,
+                        targets[rows],
+                        {name: value[rows] for name, value in values[k].items()},
+                        {name: grad[rows].to(layer.full) for name, grad in grads[k].items()},
+                    ).mul_(slope)
+                    g = part if g is None else g.add_(part)
+                    del z, logp, slope, part
+                assert g is not None
                 if d_bias is not None:
                     d_bias += g.sum(0)
                 g = g.to(layer.compute)
@@ -331,9 +422,22 @@ class _LinearFunctionals(torch.autograd.Function):
 _apply: Callable[..., tuple[Tensor, ...]] = _LinearFunctionals.apply
 
 
-def _live_chunks(grads: Mapping[str, Tensor], n: int, chunk: int) -> list[Any]:
+def _each_heat(
+    heats: Sequence[_Heat], layer: _Layer, hidden: Tensor, weight: Tensor, bias: Tensor | None, own: Tensor
+) -> Iterator[Tensor]:
+    """Logits [c, V] of a chunk at each temperature, from one matrix product; each is the caller's to overwrite."""
+    first, *others = (heat.inverse(own) for heat in heats)
+    z = layer.logits(hidden, weight, bias, first)
+    for number, inverse in enumerate([first, *others]):
+        if number == len(others):
+            yield z.mul_((inverse / first)[:, None]) if others else z
+        else:
+            yield z * (inverse / first)[:, None]
+
+
+def _live_chunks(grads: Sequence[Tensor], n: int, chunk: int) -> list[Any]:
     """Row indices of each chunk of the backward pass; rows whose gradients are all zero cost nothing."""
-    live = torch.stack([grad != 0 for grad in grads.values()]).any(0).nonzero().flatten()
+    live = torch.stack([grad != 0 for grad in grads]).any(0).nonzero().flatten()
     if live.numel() == n:
         return [slice(start, start + chunk) for start in range(0, n, chunk)]
     return list(torch.split(live, chunk)) if live.numel() else []

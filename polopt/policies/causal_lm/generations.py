@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,8 +25,8 @@ class Generations:
     """Completions, packed trajectory after trajectory, on the model's device.
 
     ``ids`` are the chosen tokens, the final end-of-sequence or stop token included. ``logp`` (float32) is the log-prob
-    under softmax(logits / temperature), whole vocabulary; ``logp_sampled`` under the truncated distribution it was
-    drawn from (None when nothing truncates); ``entropy`` of the whole distribution in nats (None unless asked).
+    under softmax(logits / policy temperature), whole vocabulary; ``logp_sampled`` under the distribution it was drawn
+    from (None where that is the same); ``entropy`` of the policy's distribution in nats (None unless asked).
     ``truncated``: cut by max_new_tokens or the context length, without an end-of-sequence, stop id or stop string.
     """
 
@@ -36,6 +36,8 @@ class Generations:
     logp_sampled: Float[Tensor, "step"] | None
     entropy: Float[Tensor, "step"] | None
     truncated: Bool[Tensor, "trajectory"]
+    kept: UInt8[Tensor, "step byte"] | None = None
+    """The tokens that could be drawn, as bits, where a mask policy said so."""
 
 
 @dataclass(frozen=True)
@@ -212,11 +214,13 @@ class Recorder:
         device = self.request.device
         total = int(self.lengths.sum())
         offsets = np.cumsum(self.lengths) - self.lengths
-        dtypes = (torch.int64, torch.float32, torch.float32, torch.float32)
-        present = (True, True, self.request.sampling.truncates, self.request.entropy)
+        dtypes = (torch.int64, torch.float32, torch.float32, torch.float32, torch.uint8)
+        masked = self.request.sampling.nucleus_of is not None
+        present = (True, True, self.request.sampling.differs, self.request.entropy, masked)
+        wide = [() if value is None else value.shape[2:] for value in self._segments[0][2]] if total else [()] * 5
         columns = [
-            torch.empty(total, dtype=dtype, device=device) if kept else None
-            for dtype, kept in zip(dtypes, present, strict=True)
+            torch.empty(total, *shape, dtype=dtype, device=device) if kept else None
+            for dtype, kept, shape in zip(dtypes, present, wide, strict=True)
         ]
         for rows, since, values in self._segments:
             steps = since + np.arange(_height(values))[:, None]
@@ -225,8 +229,8 @@ class Recorder:
             target = torch.from_numpy((offsets[rows] + steps)[valid]).to(device)
             for column, value in zip(columns, values, strict=True):
                 if column is not None and value is not None:
-                    column[target] = value.flatten()[source]
-        ids, logp, logp_sampled, entropy = columns
+                    column[target] = value.flatten(0, 1)[source]
+        ids, logp, logp_sampled, entropy, allowed = columns
         assert ids is not None and logp is not None
         if total and not bool(torch.isfinite(logp).all()):
             step = int((~torch.isfinite(logp)).nonzero()[0])
@@ -242,6 +246,7 @@ class Recorder:
             logp_sampled=logp_sampled,
             entropy=entropy,
             truncated=torch.from_numpy(self.truncated).to(device),
+            kept=allowed,
         )
 
     def _close(self) -> None:

@@ -24,10 +24,11 @@ class TokenPayload:
     """Prompts and completions of M trajectories with N completion tokens in all.
 
     ``prompts`` are the distinct token prompts, each stored once; trajectory i was conditioned on
-    ``prompts[prompt_of[i]]``. ``ids`` [N] are completion tokens, ``lengths`` [M] long. Trajectory i was drawn from
-    softmax(logits / ``temperature[i]``). ``examples``, ``prompt_texts`` (what was tokenized) and ``completions`` (text
-    without special tokens) have one entry per trajectory. The last ``continued[i]`` tokens of its prompt belong to its
-    answer, which it goes on with (0 for all when left out). Everything is on the CPU.
+    ``prompts[prompt_of[i]]``. ``ids`` [N] are completion tokens, ``lengths`` [M] long. The policy that trains on
+    trajectory i is softmax(logits / ``temperature[i]``). ``examples``, ``prompt_texts`` (what was tokenized) and
+    ``completions`` (text without special tokens) have one entry per trajectory. The last ``continued[i]``
+    tokens of its prompt belong to its answer, which it goes on with (0 for all when left out). Everything is on the
+    CPU.
 
     Raises ValueError when the sizes disagree.
     """

@@ -20,11 +20,22 @@ from torch.nn import Parameter
 from polopt.core.errors import UsageError
 from polopt.core.example import Example, Text
 from polopt.core.loss import Evaluation
-from polopt.core.policy import OF_MODELS, Corruption, Request, Sampling
+from polopt.core.policy import (
+    MASKED,
+    OF_MODELS,
+    OUTPUT_LAYER,
+    Corruption,
+    Request,
+    Sampling,
+    head_of,
+    pattern,
+    value_columns,
+)
 from polopt.core.rollout import Rollout, Source
 from polopt.policies.causal_lm import decoder
 from polopt.policies.causal_lm.corruption import blank_id, corrupted, observed
 from polopt.policies.causal_lm.critic import ValueHead, load_critic, save_critic
+from polopt.policies.causal_lm.fallback import MaskPolicy
 from polopt.policies.causal_lm.forward import (
     Batch,
     OutputLayer,
@@ -55,6 +66,7 @@ from polopt.policies.causal_lm.snapshots import (
     trainable,
     unwrapped,
 )
+from polopt.policies.nucleus import kept_of
 
 
 class CausalLM:
@@ -132,12 +144,14 @@ class CausalLM:
 
     @property
     def columns(self) -> frozenset[str]:
-        """``logp``, ``entropy``, ``lse``, ``collision``, ``max_entropy``, ``value`` with a critic, and `OF_MODELS` of
-        every added model and view.
+        """``logp``, ``entropy``, ``lse``, ``collision``, each of them at any temperature (``logp@*``), ``max_entropy``,
+        `OUTPUT_LAYER`, `MASKED`, ``value`` with a critic (and ``value/<head>``), and `OF_MODELS` of every added model
+        and view.
         """
-        values = {"value"} if self.critic is not None else set()
+        values = value_columns(0 if self.critic is None else self.critic.heads) | OUTPUT_LAYER
+        tempered = {f"{name}@*" for name in FUNCTIONALS}
         of_models = {f"{kind}/{name}" for kind in OF_MODELS for name in (*self._snapshots, *self._views)}
-        return FUNCTIONALS | {"max_entropy"} | values | of_models
+        return FUNCTIONALS | tempered | MASKED | {"max_entropy"} | values | of_models
 
     # --- sampling -----------------------------------------------------------------------------------------------
 
@@ -149,11 +163,11 @@ class CausalLM:
         seed: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> Rollout:
-        """One group per request; step columns ``action``, ``logp``, ``entropy``, ``mask``, and ``logp/sampled`` under
-        truncation.
+        """One group per request; step columns ``action``, ``logp``, ``entropy``, ``mask``, and ``logp/sampled`` where
+        another distribution was drawn from (truncated, or at another temperature).
 
         A trajectory depends on the weights, its prompt and prefix, ``seed``, the index of its request and its place in
-        it alone. At temperature 0 log-probs are those of temperature 1. Raises UsageError for a prompt that is empty or
+        it alone. Log-probs are of `Sampling.trained_temperature`. Raises UsageError for a prompt that is empty or
         too long (naming its example), or no request.
         """
         wanted = [request for request in requests for _ in range(request.count)]
@@ -176,12 +190,13 @@ class CausalLM:
             progress=progress,
             dtype=self.dtype,
             limits=[request.limit for request in requests],
+            mask=self._mask_policy(sampling),
         )
         completions = [ids.tolist() for ids in torch.split(made.ids.cpu(), made.lengths.tolist())]
         payload = TokenPayload.build(
             (prompts[i] for i in owner),
             completions,
-            torch.full((len(owner),), sampling.temperature or 1.0),
+            torch.full((len(owner),), sampling.trained_temperature),
             (request.example for request in wanted),
             (texts[i] for i in owner),
             self.decode([[*requests[i].prefix, *ids] for i, ids in zip(owner, completions, strict=True)]),
@@ -192,10 +207,28 @@ class CausalLM:
             step["entropy"] = made.entropy
         if made.logp_sampled is not None:
             step["logp/sampled"] = made.logp_sampled
+        if made.kept is not None:
+            step["kept"] = made.kept
+            # Elsewhere the learner computes it, as it does its own log-probs.
+            if self.exact_sampler and sampling.temperature == sampling.trained_temperature:
+                step["masked_logp"] = step["logp/sampled"].clone()
         trajectory = self._origin(made.lengths, Source.POLICY) | {"truncated": made.truncated}
         # Group ids are 0.. without gaps, whatever the requests that ask for nothing.
         group = torch.unique(torch.tensor(owner), return_inverse=True)[1].to(made.lengths.device)
         return Rollout(made.lengths, group, {"step": step, "trajectory": trajectory}, payload)
+
+    def _mask_policy(self, sampling: Sampling) -> MaskPolicy | None:
+        """What may be drawn, where a model of the policy decides it; special tokens always."""
+        if sampling.nucleus_of is None:
+            return None
+        if sampling.nucleus_of not in self._snapshots:
+            raise UsageError(
+                f"nucleus_of is {sampling.nucleus_of!r}; this policy has the models "
+                f"{', '.join(sorted(self._snapshots)) or 'none'}"
+            )
+        always = tuple(sorted({*self.eos_ids, *self.tokenizer.all_special_ids}))
+        weights = partial(self._snapshots[sampling.nucleus_of].active, self.model)
+        return MaskPolicy(weights, sampling.nucleus_p, sampling.nucleus_min, always)
 
     def write(self, requests: Sequence[Request], texts: Sequence[str]) -> Rollout:
         """One trajectory per request, a group of its own, whose steps are the tokens of the text (no special ones).
@@ -316,12 +349,13 @@ class CausalLM:
         """The named columns [N], float32, on the rollout's device.
 
         ``logp``, ``entropy`` (nats), ``lse`` and ``collision`` = sum_v pi(v)^2 of pi = softmax(logits / temperature)
-        with each trajectory's temperature, ``value`` of the prefix before each step, all with gradient and from one
-        forward pass; without, the functionals of models (`polopt.core.policy.OF_MODELS`, one pass per model, and one of
-        the policy for those of two models) and ``max_entropy`` = log V. Dropout is off, as it is when sampling. Raises
+        with each trajectory's temperature or, as ``logp@1.2``, with the one given, ``value`` of the prefix before each
+        step, all with gradient and from one forward pass; without, the functionals of models
+        (`polopt.core.policy.OF_MODELS`, one pass per model, and one of the policy for those of two models) and
+        ``max_entropy`` = log V and `polopt.core.policy.OUTPUT_LAYER`. Dropout is off, as it is when sampling. Raises
         ValueError for a name that is not in `columns`.
         """
-        if unknown := sorted(names - self.columns):
+        if unknown := sorted(name for name in names if pattern(name) not in self.columns):
             raise ValueError(
                 f"this policy cannot evaluate {unknown[0]!r} (it can: {', '.join(sorted(self.columns))}); "
                 "models are added with add_model, a critic with add_critic"
@@ -331,15 +365,18 @@ class CausalLM:
             raise TypeError(f"a language model evaluates rollouts of tokens, not of {type(payload).__name__}")
         batch = Batch.of(payload, self.device)
         found: dict[str, Tensor] = {}
-        for model in sorted({name.partition("/")[2] for name in names if "/" in name}):
+        for model in sorted({name.partition("/")[2] for name in names if "/" in name and head_of(name) is None}):
             found |= self._of_model(model, payload, names)
         if "max_entropy" in names:
             vocabulary = text_config(unwrapped(self.model)).vocab_size
             found["max_entropy"] = torch.full_like(batch.temperature, math.log(vocabulary))
         if own := names - found.keys():
             base = unwrapped(self.model)
-            found |= evaluate_batch(base, self._layer, batch, own, dtype=self.dtype, critic=self.critic)
-        return Evaluation({name: found[name].float().to(rollout.device) for name in sorted(names)})
+            kept = kept_of(rollout).to(self.device) if own & MASKED else None
+            found |= evaluate_batch(base, self._layer, batch, own, dtype=self.dtype, critic=self.critic, kept=kept)
+        # Ids stay integers.
+        full = {name: v.float() if v.is_floating_point() else v for name, v in found.items()}
+        return Evaluation({name: full[name].to(rollout.device) for name in sorted(names)})
 
     @torch.no_grad()
     def _of_model(self, name: str, payload: TokenPayload, names: frozenset[str]) -> dict[str, Tensor]:
@@ -414,16 +451,19 @@ class CausalLM:
         blank_id(self.tokenizer, corruption.blank)
         self._views[name] = corruption
 
-    def add_critic(self, folder: Path | None = None) -> None:
-        """A value head on the shared trunk, 0 everywhere at first or read from where `save` wrote it.
+    def add_critic(self, folder: Path | None = None, heads: int = 1) -> None:
+        """Value heads on the shared trunk, as `ValueHead` starts them or read from where `save` wrote them.
 
-        Does nothing where there is one. Raises UsageError when ``folder`` holds no critic of this size.
+        Does nothing where there are as many. Raises UsageError where there are others, and when ``folder`` holds no
+        critic of this size.
         """
         if self.critic is None:
-            head = ValueHead(text_config(unwrapped(self.model)).hidden_size)
+            head = ValueHead(text_config(unwrapped(self.model)).hidden_size, heads)
             if folder is not None:
                 load_critic(head, folder)
             self.critic = head.to(self.device)
+        elif self.critic.heads != heads:
+            raise UsageError(f"the critic has value heads: {self.critic.heads}, asked for: {heads}")
 
     def parameters(self) -> Sequence[Parameter]:
         """What trains: all weights, or the adapters, and the critic's."""
@@ -451,7 +491,7 @@ class CausalLM:
             raise UsageError("the state has no critic, but the policy has one")
         load_tensors(trainable(self.model), state["model"], "the model")
         if state["critic"] is not None:
-            self.add_critic()
+            self.add_critic(heads=len(state["critic"]["linear.bias"]))
             assert self.critic is not None
             load_tensors(self.critic.state_dict(), state["critic"], "the critic")
         self._snapshots = {

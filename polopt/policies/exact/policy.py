@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -19,12 +19,27 @@ from torch.nn import Parameter
 from polopt.core.errors import UsageError
 from polopt.core.example import Example
 from polopt.core.loss import Evaluation
-from polopt.core.policy import OF_MODELS, Corruption, Request, Sampling
+from polopt.core.policy import (
+    MASKED,
+    OF_MODELS,
+    OUTPUT_LAYER,
+    TEMPERED,
+    TOP,
+    Corruption,
+    Request,
+    Sampling,
+    head_of,
+    pattern,
+    split_temperature,
+    value_columns,
+)
 from polopt.core.rollout import Rollout, Source
 from polopt.policies.exact import heads, tree
 from polopt.policies.exact.payload import SequencePayload
 from polopt.policies.exact.space import SequenceSpace
+from polopt.policies.nucleus import kept_of, masked_functionals, nucleus, pack, unpack
 from polopt.policies.sampling import kept_tokens, uniforms
+from polopt.policies.values import initial_values
 
 FORMAT: Final = 1
 _SETTINGS, _WEIGHTS = "policy.json", "policy.safetensors"
@@ -103,12 +118,14 @@ class ExactPolicy:
 
     @property
     def columns(self) -> frozenset[str]:
-        """``logp``, ``entropy``, ``lse``, ``collision``, ``max_entropy``, ``value`` with a critic, and `OF_MODELS` of
-        every added model and view.
+        """``logp``, ``entropy``, ``lse``, ``collision``, each of them at any temperature (``logp@*``), ``max_entropy``,
+        `OUTPUT_LAYER`, `MASKED`, ``value`` with a critic (and ``value/<head>``), and `OF_MODELS` of every added model
+        and view.
         """
-        values = {"value"} if self.values is not None else set()
+        values = value_columns(self.heads) | OUTPUT_LAYER | MASKED
         of_models = {f"{kind}/{name}" for kind in OF_MODELS for name in (*self._models, *self._views)}
-        return frozenset({"logp", "entropy", "lse", "collision", "max_entropy"} | values | of_models)
+        tempered = {f"{name}@*" for name in TEMPERED}
+        return frozenset({*TEMPERED, "max_entropy"} | tempered | values | of_models)
 
     def sample(
         self,
@@ -118,11 +135,11 @@ class ExactPolicy:
         seed: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> Rollout:
-        """One group per request; step columns ``action``, ``logp``, ``entropy``, ``mask``, and ``logp/sampled`` under
-        truncation.
+        """One group per request; step columns ``action``, ``logp``, ``entropy``, ``mask``, and ``logp/sampled`` where
+        another distribution was drawn from (truncated, or at another temperature).
 
         A trajectory depends on the logits of its problem, its prefix, ``seed``, the index of its request and its place
-        in it alone. Log-probs are those of the temperature (of 1 at temperature 0). ``truncated`` are those that the
+        in it alone. Log-probs are of `Sampling.trained_temperature`. ``truncated`` are those that the
         limit cut, or in a space with an end token its length. Raises UsageError for an example without a problem of
         this policy, a prompt other than the example's, a prefix that is whole already, stop strings, or no request.
         """
@@ -154,7 +171,7 @@ class ExactPolicy:
         payload = SequencePayload(
             problem[owner],
             lengths,
-            torch.full((len(owner),), sampling.temperature or 1.0, dtype=self.logits.dtype),
+            torch.full((len(owner),), sampling.trained_temperature, dtype=self.logits.dtype),
             nodes[written],
             ids[written],
             tuple(request.example for request in requests),
@@ -205,22 +222,35 @@ class ExactPolicy:
         with torch.no_grad():
             found = self._functionals(payload, frozenset({"logp", "entropy"}))
         step = {"action": payload.ids, "mask": torch.ones_like(payload.ids).bool(), **found}
-        if (kept := self._kept(sampling)) is not None:
+        if sampling.differs:
             flat = payload.step_problem * self.space.n_nodes + payload.nodes
+            kept = self._kept(sampling)
             total = kept.sum(-1)[flat]
             if sampling.temperature == 0:
                 total = kept[flat, payload.ids]
             step["logp/sampled"] = kept[flat, payload.ids].log() - total.log()
+            if sampling.nucleus_of is not None:
+                step["kept"] = pack(self._allowed(sampling)[flat])
+                with torch.no_grad():
+                    step |= self._functionals(payload, frozenset({"masked_logp"}), step["kept"])
         trajectory = self._origin(payload.lengths, Source.POLICY) | {"truncated": cut}
         return Rollout(payload.lengths, group, {"step": step, "trajectory": trajectory}, payload)
 
     @torch.no_grad()
-    def _kept(self, sampling: Sampling) -> Tensor | None:
-        """Probabilities [B K, V] with truncated tokens at 0; None where nothing is truncated."""
-        if not sampling.truncates:
-            return None
+    def _kept(self, sampling: Sampling) -> Tensor:
+        """Probabilities [B K, V] at the sampling temperature (1 for 0), truncated tokens at 0."""
         chance = (self.table() / (sampling.temperature or 1.0)).softmax(-1).flatten(0, 1)
-        return chance.masked_fill(~kept_tokens(chance, sampling), 0.0)
+        return chance.masked_fill(~self._allowed(sampling), 0.0) if sampling.truncates else chance
+
+    @torch.no_grad()
+    def _allowed(self, sampling: Sampling) -> Tensor:
+        """Which tokens may be drawn at each node, [B K, V]."""
+        chance = (self.table() / (sampling.temperature or 1.0)).softmax(-1).flatten(0, 1)
+        allowed = kept_tokens(chance, sampling)
+        if sampling.nucleus_of is None:
+            return allowed
+        mask = self.model(sampling.nucleus_of).softmax(-1).flatten(0, 1)
+        return allowed & nucleus(mask, sampling.nucleus_p, sampling.nucleus_min, self.end_ids)
 
     @torch.no_grad()
     def _draw(
@@ -232,11 +262,10 @@ class ExactPolicy:
         limits = torch.minimum(limits, room)
         table = self.table().flatten(0, 1)
         if sampling.temperature == 0:
-            cumulative = torch.nn.functional.one_hot(table.argmax(-1), space.vocabulary).cumsum(-1).to(table)
+            best = table.masked_fill(~self._allowed(sampling), -torch.inf) if sampling.nucleus_of else table
+            cumulative = torch.nn.functional.one_hot(best.argmax(-1), space.vocabulary).cumsum(-1).to(table)
         else:
-            kept = self._kept(sampling)
-            chance = (table / sampling.temperature).softmax(-1) if kept is None else kept
-            cumulative = chance.cumsum(-1, dtype=torch.float64)
+            cumulative = self._kept(sampling).cumsum(-1, dtype=torch.float64)
         most = int(limits.max())
         nodes = torch.zeros(len(problem), most, dtype=torch.int64)
         ids = torch.zeros_like(nodes)
@@ -289,8 +318,10 @@ class ExactPolicy:
         return Rollout(lengths, torch.arange(len(requests)), {"step": step, "trajectory": trajectory}, payload)
 
     def room(self, rollout: Rollout) -> list[int]:
-        """Steps that each trajectory may still take before the space ends; prefixes are not counted."""
-        return [self.space.length - int(length) for length in rollout.lengths]
+        """Steps that each trajectory may still take before the space ends."""
+        payload = cast(SequencePayload, rollout.payload)
+        last = rollout.lengths.cumsum(0) - 1
+        return [self.space.length - 1 - depth for depth in self.space.depths[payload.nodes[last]].tolist()]
 
     def _origin(self, lengths: Tensor, source: Source) -> dict[str, Tensor]:
         return {"version": torch.full_like(lengths, self.version), "source": torch.full_like(lengths, int(source))}
@@ -314,11 +345,12 @@ class ExactPolicy:
         """The named columns [N], in the policy's dtype.
 
         ``logp``, ``entropy`` (nats), ``lse`` and ``collision`` = sum_v pi(v)^2 of pi = softmax(logits / temperature)
-        with each trajectory's temperature, ``value`` of the prefix before each step, all with gradient; without, the
-        functionals of models (`polopt.core.policy.OF_MODELS`) and ``max_entropy`` = log V. Raises ValueError for a name
-        that is not in `columns`.
+        with each trajectory's temperature or, as ``logp@1.2``, with the one given, ``value`` of the prefix before each
+        step, all with gradient; without, the functionals of models (`polopt.core.policy.OF_MODELS`), ``max_entropy`` =
+        log V and `polopt.core.policy.OUTPUT_LAYER`, whose ``hidden`` is one-hot (which row of which problem's logits
+        the prefix reads) over the temperature. Raises ValueError for a name that is not in `columns`.
         """
-        if unknown := sorted(names - self.columns):
+        if unknown := sorted(name for name in names if pattern(name) not in self.columns):
             raise ValueError(
                 f"this policy cannot evaluate {unknown[0]!r} (it can: {', '.join(sorted(self.columns))}); "
                 "models are added with add_model, a critic with add_critic"
@@ -326,9 +358,11 @@ class ExactPolicy:
         payload = rollout.payload
         if not isinstance(payload, SequencePayload):
             raise TypeError(f"an exact policy evaluates rollouts of sequences, not of {type(payload).__name__}")
-        return Evaluation(self._functionals(payload, names))
+        return Evaluation(self._functionals(payload, names, kept_of(rollout) if names & MASKED else None))
 
-    def _functionals(self, payload: SequencePayload, names: frozenset[str]) -> dict[str, Tensor]:
+    def _functionals(
+        self, payload: SequencePayload, names: frozenset[str], kept: Tensor | None = None
+    ) -> dict[str, Tensor]:
         place = payload.step_problem * self.space.n_nodes + payload.nodes
         temperature = payload.step_temperature[:, None].to(self.logits.dtype)
 
@@ -340,27 +374,40 @@ class ExactPolicy:
 
         own = steps(self.table())
         found: dict[str, Tensor] = {}
-        for name in sorted(names):
-            if name == "logp":
-                found[name] = chosen(own)
-            elif name == "entropy":
-                logp = own.log_softmax(-1)
+        if kept is not None:
+            found |= masked_functionals(own, payload.ids, unpack(kept, self.space.vocabulary), names & MASKED)
+        for name in sorted(names - found.keys()):
+            functional, other_temperature = split_temperature(name)
+            z = own if other_temperature is None else own * (temperature / other_temperature)
+            if functional == "logp":
+                found[name] = chosen(z)
+            elif functional == "entropy":
+                logp = z.log_softmax(-1)
                 found[name] = -(logp.exp() * logp).sum(-1)
-            elif name == "lse":
-                found[name] = own.logsumexp(-1)
-            elif name == "collision":
-                found[name] = own.softmax(-1).square().sum(-1)
+            elif functional == "lse":
+                found[name] = z.logsumexp(-1)
+            elif functional == "collision":
+                found[name] = z.softmax(-1).square().sum(-1)
             elif name == "max_entropy":
                 found[name] = torch.full_like(own[:, 0].detach(), math.log(self.space.vocabulary))
-            elif name == "value":
+            elif (head := head_of(name)) is not None:
                 assert self.values is not None
-                found[name] = self.values[:, self.rows].flatten()[place]
+                found[name] = self.values[..., None].flatten(2)[:, self.rows, head - 1].flatten()[place]
+            elif name == "hidden":
+                found[name] = self._one_hot(payload) / temperature
+            elif name in OUTPUT_LAYER:
+                found |= _most_likely(own.detach())
             else:
                 kind, _, model = name.partition("/")
                 seen = model in self._views
                 other = self._blind(payload.nodes, temperature) if seen else steps(self._models[model])
                 found[name] = chosen(other) if kind == "logp" else _divergence(kind, own.detach(), other)
         return found
+
+    def _one_hot(self, payload: SequencePayload) -> Tensor:
+        """The row of parameters that each step reads, as a state of the output layer logits^T [V, B P]: [N, B P]."""
+        row = payload.step_problem * self.logits.shape[1] + self.rows[payload.nodes]
+        return torch.nn.functional.one_hot(row, self.logits.shape[:2].numel()).to(self.logits.dtype)
 
     @torch.no_grad()
     def _blind(self, nodes: Tensor, temperature: Tensor) -> Tensor:
@@ -405,10 +452,23 @@ class ExactPolicy:
             raise UsageError(f"this policy has no model {name!r}; it has {', '.join(self._models) or 'none'}")
         return self._models[name]
 
-    def add_critic(self) -> None:
-        """A value per row of parameters, 0 at first: a tabular critic [B, P]. Does nothing where there is one."""
+    def add_critic(self, heads: int = 1) -> None:
+        """A value per row of parameters, 0 at first: a tabular critic [B, P].
+
+        Several heads make it [B, P, heads] and start at random (`polopt.policies.values.initial_values`). Does nothing
+        where there is one of as many heads. Raises UsageError where there are others.
+        """
         if self.values is None:
-            self.values = Parameter(torch.zeros(self.logits.shape[:2], dtype=self.logits.dtype))
+            shape = tuple(self.logits.shape[:2])
+            start = torch.zeros(shape) if heads == 1 else initial_values(*shape, heads)
+            self.values = Parameter(start.to(self.logits.dtype))
+        elif self.heads != heads:
+            raise UsageError(f"the critic has value heads: {self.heads}, asked for: {heads}")
+
+    @property
+    def heads(self) -> int:
+        """How many value heads the critic has, 0 without a critic."""
+        return 0 if self.values is None else self.values[..., None].shape[2]
 
     def parameters(self) -> Sequence[Parameter]:
         """The logits, and the critic's values."""
@@ -440,7 +500,7 @@ class ExactPolicy:
         if state["values"] is None and self.values is not None:
             raise UsageError("the state has no critic, but the policy has one")
         if state["values"] is not None:
-            self.add_critic()
+            self.add_critic(state["values"][..., None].shape[2])
             assert self.values is not None
             self.values.copy_(state["values"])
         self.logits.copy_(state["logits"])
@@ -484,7 +544,7 @@ class ExactPolicy:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UsageError(f"{folder} holds no exact policy that can be read: {error}") from error
         if "values" in tensors:
-            policy.add_critic()
+            policy.add_critic(tensors["values"][..., None].shape[2])
             assert policy.values is not None
             with torch.no_grad():
                 policy.values.copy_(tensors["values"])
@@ -504,6 +564,12 @@ def _divergence(kind: str, own: Tensor, other: Tensor) -> Tensor:
         return (p.exp() * (p - q)).sum(-1).clamp_min(0)
     # 1 - sum sqrt(p q), in the form that is exactly 0 for equal models.
     return ((p / 2).exp() - (q / 2).exp()).square().sum(-1).div(2).clamp(max=1)
+
+
+def _most_likely(logits: Tensor) -> dict[str, Tensor]:
+    """``top_id`` and ``top_logp`` [N, K] from logits [N, V]."""
+    logp, ids = logits.log_softmax(-1).topk(min(TOP, logits.shape[1]))
+    return {"top_id": ids, "top_logp": logp}
 
 
 def _hash(seed: Tensor, number: Tensor) -> Tensor:

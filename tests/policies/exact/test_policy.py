@@ -261,7 +261,7 @@ def test_the_critic_has_a_value_per_prefix() -> None:
 
 
 def everything(policy: ExactPolicy, rollout: Rollout) -> dict[str, Tensor]:
-    return {name: policy.evaluate(rollout, frozenset({name}))[name].detach() for name in sorted(policy.columns)}
+    return {name: policy.evaluate(rollout, frozenset({name}))[name].detach() for name in sorted(policy.columns) if "*" not in name}
 
 
 @every_head
@@ -279,7 +279,7 @@ def test_state_round_trip(head: str, dtype: torch.dtype, tmp_path: Path) -> None
     fresh = ExactPolicy(SPACE, 2, head=head, dtype=dtype)
     fresh.load_state_dict(policy.state_dict())
     for name, value in everything(policy, rollout).items():
-        assert value.dtype == dtype
+        assert value.dtype == (torch.int64 if name == "top_id" else dtype)
         assert torch.equal(everything(fresh, rollout)[name], value), name
     assert fresh.version == 3
     assert numbers(fresh, fresh.sample(requests([9, 9]), Sampling(), seed=0)) == numbers(policy, rollout)
