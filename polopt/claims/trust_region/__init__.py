@@ -1,1 +1,1 @@
-"""Claims of the trust-region papers."""
+"""Claims of the trust-region methods."""

@@ -1,1 +1,1 @@
-"""Methods of ratios, clipping, entropy and off-policy data."""
+"""Methods of ratios, clipping, entropy control and off-policy data."""
