@@ -151,9 +151,7 @@ class Method:
                 continue
             made = part(rollout)
             columns = made if isinstance(made, Mapping) else {slot: made}
-            rollout = rollout.with_columns(
-                step={name: rollout.spread(value).detach().clone() for name, value in columns.items()}
-            )
+            rollout = rollout.with_columns(step={name: _constant(rollout, value) for name, value in columns.items()})
         return rollout
 
     def loss(self, evaluation: Evaluation, rollout: Rollout) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
@@ -163,7 +161,8 @@ class Method:
         multiplied by the weight of their step where a weight part is present. Parts see 0 for everything evaluated at
         masked steps, and the gradient there is exactly 0.
         """
-        evaluation = evaluation.trainable(rollout.mask)
+        if not rollout.trains_whole:
+            evaluation = evaluation.trainable(rollout.mask)
         value = evaluation.logp.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
         for slot in ("objective", "regularizer"):
@@ -186,7 +185,7 @@ class Method:
     def _aggregate(self, loss: Loss, rollout: Rollout) -> Float[Tensor, ""]:
         match loss.level:
             case "step":
-                return cast(Tensor, self.aggregation(torch.where(rollout.mask, loss.value, 0.0), rollout))
+                return cast(Tensor, self.aggregation(rollout.kept(loss.value), rollout))
             case "trajectory":
                 return loss.value.sum() / max(rollout.counts.trajectories, 1.0)
             case "group":
@@ -217,6 +216,12 @@ class Method:
         single = {str(slot): value for slot, value in self.slots().items() if hasattr(value, "state_dict")}
         models = {f"models/{k}": v for k, v in self.models.items() if hasattr(v, "state_dict")}
         return {**single, **models}
+
+
+def _constant(rollout: Rollout, values: Tensor) -> Tensor:
+    """Values per trajectory or step as a step column of its own, without gradient."""
+    spread = rollout.spread(values).detach()
+    return spread.clone() if spread.data_ptr() == values.data_ptr() else spread
 
 
 def _covered(column: str, known: set[str]) -> bool:

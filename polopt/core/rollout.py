@@ -256,7 +256,7 @@ class Rollout:
     @cached_property
     def trajectory(self) -> Int[Tensor, " step"]:
         """Trajectory of each step."""
-        return torch.arange(self.n_trajectories, device=self.lengths.device).repeat_interleave(self.lengths)
+        return torch.repeat_interleave(self.lengths, output_size=self.n_steps)
 
     @cached_property
     def step_group(self) -> Int[Tensor, " step"]:
@@ -324,7 +324,12 @@ class Rollout:
             for level in LEVELS
         }
         # The normalisers are those of the batch, whatever a part does to the mask of a piece of it.
-        return dataclasses.replace(self, columns={level: {**kept[level], **given[level]} for level in LEVELS})
+        made = dataclasses.replace(self, columns={level: {**kept[level], **given[level]} for level in LEVELS})
+        # What follows from the layout, and from the mask where that stays, need not be computed again.
+        for name in (*_OF_LAYOUT, *(() if "mask" in new else _OF_MASK)):
+            if name in self.__dict__:
+                made.__dict__[name] = self.__dict__[name]
+        return made
 
     @cached_property
     def mask(self) -> Bool[Tensor, " step"]:
@@ -332,6 +337,11 @@ class Rollout:
         if "mask" in self:
             return self["mask"].bool()
         return torch.ones(self.n_steps, dtype=torch.bool, device=self.device)
+
+    @cached_property
+    def trains_whole(self) -> bool:
+        """Whether every step may train: nothing needs to be masked."""
+        return bool(self.mask.all())
 
     @property
     def logp(self) -> Float[Tensor, " step"]:
@@ -374,26 +384,32 @@ class Rollout:
     def spread(self, values: Tensor, level: Level | None = None) -> Tensor:
         """Values per trajectory (or, with ``level="group"``, per group) repeated onto steps; step values unchanged."""
         if level == "group":
-            return values[self.step_group]
-        if level is None and values.shape[0] == self.n_steps:
+            values = values[self.group]
+        elif level is None and values.shape[0] == self.n_steps:
             return values
-        if values.shape[0] != self.n_trajectories:
+        elif values.shape[0] != self.n_trajectories:
             raise ValueError(
                 f"expected {self.n_trajectories} trajectory or {self.n_steps} step values, got {values.shape[0]}"
             )
-        return values[self.trajectory]
+        return values.index_select(0, self.trajectory)
 
     def sum_steps(self, values: Float[Tensor, " step"]) -> Float[Tensor, " trajectory"]:
         """Sum over the trainable steps of each trajectory."""
-        return segments.segment_sum(values, self.trajectory, self.n_trajectories, mask=self.mask)
+        return segments.run_sum(self.kept(values), self.lengths)
 
     def mean_steps(self, values: Float[Tensor, " step"]) -> Float[Tensor, " trajectory"]:
         """Mean over the trainable steps of each trajectory; 0 where there are none."""
         return segments.segment_mean(values, self.trajectory, self.n_trajectories, mask=self.mask)
 
+    def kept(self, values: Float[Tensor, " step"]) -> Float[Tensor, " step"]:
+        """Values with 0 at the steps that do not train, whatever stood there."""
+        return values if self.trains_whole else torch.where(self.mask, values, torch.zeros_like(values))
+
     @cached_property
     def active_lengths(self) -> Float[Tensor, " trajectory"]:
         """Number of trainable steps of each trajectory, |y_i|."""
+        if self.trains_whole:
+            return self.lengths.float()
         return segments.segment_count(self.trajectory, self.n_trajectories, mask=self.mask)
 
     def group_mean(self, values: Float[Tensor, " trajectory"]) -> Float[Tensor, " group"]:
@@ -439,8 +455,12 @@ class Rollout:
 
     def batch_mean(self, values: Float[Tensor, " step"]) -> Float[Tensor, ""]:
         """This piece's share of the mean over the trainable steps of the whole batch; shares of pieces add up."""
-        kept = torch.where(self.mask, values, torch.zeros_like(values))
-        return kept.sum() / max(self.counts.steps, 1.0)
+        return self.kept(values).sum() / max(self.counts.steps, 1.0)
+
+    def batch_share(self, condition: Bool[Tensor, " step"]) -> Float[Tensor, ""]:
+        """`batch_mean` of a condition: this piece's part of the share of trainable steps for which it holds."""
+        held = condition if self.trains_whole else condition & self.mask
+        return held.count_nonzero() / max(self.counts.steps, 1.0)
 
     # --- select, concat, split ----------------------------------------------------------------------------------
 
@@ -609,6 +629,11 @@ class Rollout:
             payload = _KINDS[kind].from_state(state["payload"])
         counts = None if state["counts"] is None else Counts(**state["counts"])
         return cls(state["lengths"], state["group"], state["columns"], payload, counts)
+
+
+_OF_LAYOUT = ("_sizes", "trajectory", "step_group")
+_OF_MASK = ("mask", "trains_whole", "active_lengths", "counts")
+"""Cached properties by what they follow from."""
 
 
 def _numbered(labels: Int[Tensor, " trajectory"]) -> Int[Tensor, " trajectory"]:
