@@ -93,6 +93,8 @@ class Turns(Groups):
         """Which of these trajectories wait for the environment, and what it says to each."""
         last = whole["action"][whole.lengths.cumsum(0) - 1]
         over = whole["truncated"].bool() | torch.isin(last, last.new_tensor([*policy.end_ids, *self.stop_ids]))
+        # Where nothing can follow, a trajectory is whole.
+        over |= torch.tensor(policy.room(whole), device=over.device) < 1
         found, answers = [], []
         read = transcripts(whole)
         for index in active[~over[active].cpu()].tolist():
