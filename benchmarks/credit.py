@@ -1,8 +1,8 @@
 """(d) Advantage and clipped objective, forward and backward, for a million steps, against TRL's and against a copy.
 
 16,384 trajectories in 2,048 groups of 8, a million steps in all. TRL works on matrices padded to the longest response:
-its advantage formula, then its own `_compute_loss` with the forward pass replaced by given log-probs. The copy is of the
-same bytes: the packed float32 columns that must be read (log-probs now and then) and written (the gradient).
+its advantage formula, then its own `_compute_loss` with the forward pass replaced by given log-probs. The copy is of
+the same bytes: the packed float32 columns that must be read (log-probs now and then) and written (the gradient).
 """
 
 from __future__ import annotations

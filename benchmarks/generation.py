@@ -1,7 +1,8 @@
 """(b) Generation alone: polopt's decoder against `generate` of the same model, prompts and lengths.
 
-Both draw one completion for each of 128 rows (16 prompts x 8), at temperature 1 from the whole vocabulary, until the end
-token or a limit; polopt also returns log-probs and entropies, `generate` tokens only. Each side at its faster precision.
+Both draw one completion for each of 128 rows (16 prompts x 8), at temperature 1 from the whole vocabulary, until the
+end token or a limit; polopt also returns log-probs and entropies, `generate` tokens only. Each side at its faster
+precision.
 """
 
 from __future__ import annotations
@@ -28,10 +29,9 @@ GOAL = 1.5
 
 def run(name: str, rounds: int) -> Row:
     """Measure one case."""
+    from polopt.core.policy import Sampling
     from polopt.policies.causal_lm import decoder
     from polopt.policies.causal_lm.policy import trajectory_seeds
-
-    from polopt.core.policy import Sampling
 
     shape, limit = CASES[name]
     model: Any = make_model(shape, limit / 2)

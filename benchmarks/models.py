@@ -1,4 +1,4 @@
-"""Models to measure with: random Qwen3 decoders over bytes-and-more whose completions end after a chosen mean length."""
+"""Models to measure with: random Qwen3 decoders whose completions end after a chosen mean length."""
 
 from __future__ import annotations
 
@@ -93,16 +93,17 @@ def make_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
     vocabulary = {"<pad>": PAD, "<eos>": EOS, **{f"w{i}": i for i in range(2, shape.vocabulary)}}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
 
 
 def make_prompts(shape: Shape, count: int, shortest: int = 16, longest: int = 48, seed: int = 0) -> list[str]:
     """Random texts of ``shortest`` to ``longest`` tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
-    return [
-        " ".join(f"w{i}" for i in torch.randint(2, shape.vocabulary, (n,), generator=generator).tolist()) for n in lengths
-    ]
+    texts = [torch.randint(2, shape.vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    return [" ".join(f"w{i}" for i in text) for text in texts]
 
 
 def save(shape: Shape, mean_length: float, folder: Path, seed: int = 0) -> Any:
