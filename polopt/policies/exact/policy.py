@@ -130,8 +130,8 @@ class ExactPolicy:
         if not int(counts.sum()):
             raise UsageError("nothing to sample: no request asks for a trajectory")
         # Its texts are numbers with blanks between: what has another character is never written.
-        if written := [text for text in sampling.stop if not set(text) - set("0123456789 ")]:
-            raise UsageError(f"an exact policy does not look for strings such as {written[0]!r}; give stop_ids")
+        if strings := [text for text in sampling.stop if not set(text) - set("0123456789 ")]:
+            raise UsageError(f"an exact policy does not look for strings such as {strings[0]!r}; give stop_ids")
         for request in requests:
             if request.prompt is not None and request.prompt != request.example.prompt:
                 raise UsageError(
