@@ -14,7 +14,7 @@ exact expected reward given another structure. A collapse is a prompt whose prob
 
 No preference: gradient of one batch of 8 groups of 8 per prompt from the initial policy; the norm of its part in the
 logits of the first token over the whole norm, with alpha 1, is at most 1e-6. (Trained probabilities would not do: Adam
-divides rounding errors by their own size.)
+divides rounding errors by their own size: a trial on two seeds showed it, before the first full run.)
 """
 
 from __future__ import annotations
