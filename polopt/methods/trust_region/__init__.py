@@ -1,1 +1,0 @@
-"""Methods of ratios, clipping, entropy and off-policy data."""
