@@ -440,6 +440,11 @@ class Rollout:
         # eps = 0 is allowed (scale invariance); a group without spread has a zero numerator.
         return self.group_center(values) / torch.where(spread > 0, spread, torch.ones_like(spread))
 
+    @property
+    def as_one_group(self) -> Self:
+        """The trajectories as one group, without columns: its statistics are those of the batch."""
+        return dataclasses.replace(self, group=torch.zeros_like(self.group), columns={}, payload=None)
+
     def whiten(
         self, values: Float[Tensor, " item"], *, eps: float = 1e-8, unbiased: bool = True
     ) -> Float[Tensor, " item"]:
@@ -579,10 +584,6 @@ class Rollout:
             bins[-1].extend(unit_members)
             dearest = max(dearest, top)
         return bins
-
-    def fits(self, unit: Unit, cost: Sequence[int], budget: int) -> bool:
-        """Whether `split` can respect the budget, that is, whether no single unit is dearer than it."""
-        return all(len(chosen) * max(cost[i] for i in chosen) <= budget for chosen in self.bins(unit, cost, budget))
 
     def to(self, device: torch.device | str) -> Self:
         """The columns on another device."""

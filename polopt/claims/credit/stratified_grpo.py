@@ -19,7 +19,7 @@ divides rounding errors by their own size: a trial on two seeds showed it, befor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,6 @@ from polopt.claims.claim import Claim
 from polopt.claims.exact import Run, batch, credited, gradient, start
 from polopt.core.method import Method
 from polopt.core.override import override
-from polopt.core.policy import Policy, Request
 from polopt.core.rollout import Rollout
 from polopt.methods.base.grpo import grpo
 from polopt.methods.base.rloo import rloo
@@ -48,16 +47,8 @@ class StructuredGroups(Groups):
 
     gives = Groups.gives | {"stratum"}
 
-    def __call__(
-        self,
-        policy: Policy,
-        requests: Sequence[Request],
-        *,
-        limit: int,
-        seed: int,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Rollout:
-        return with_strata(super().__call__(policy, requests, limit=limit, seed=seed, progress=progress))
+    def finish(self, rollout: Rollout, seed: int) -> Rollout:
+        return with_strata(rollout)
 
 
 def with_strata(rollout: Rollout) -> Rollout:
