@@ -44,8 +44,8 @@ def main() -> int:
         rows.append(row)
         verdict = "reached" if row.ratio >= row.goal else f"{row.ratio / row.goal - 1:+.0%} of the goal"
         print(
-            f"{row.ratio:.2f}x [{row.ratio_low:.2f}, {row.ratio_high:.2f}] of {row.peer}; goal {row.goal:g}x: {verdict}; "
-            f"{row.seconds:.3g} s, {row.share_of_limit:.0%} of the limit",
+            f"{row.ratio:.2f}x [{row.ratio_low:.2f}, {row.ratio_high:.2f}] of {row.peer}; "
+            f"goal {row.goal:g}x: {verdict}; {row.seconds:.3g} s, {row.share_of_limit:.0%} of the limit",
             flush=True,
         )
         for label, value in row.more.items():

@@ -1,15 +1,13 @@
 """(d) Advantage and clipped objective, forward and backward, for a million steps, against TRL's and against a copy.
 
 16,384 trajectories in 2,048 groups of 8, a million steps in all. TRL works on matrices padded to the longest response:
-its advantage formula, then its own `_compute_loss` with the forward pass replaced by given log-probs. The copy is of the
-same bytes: the packed float32 columns that must be read (log-probs now and then) and written (the gradient).
+its advantage formula, then its own `_compute_loss` with the forward pass replaced by given log-probs. The copy is of
+the same bytes: the packed float32 columns that must be read (log-probs now and then) and written (the gradient).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.row import Row
 from benchmarks.timing import alternate
+from benchmarks.trl_loss import bare_trainer, loss
 
 TRAJECTORIES, GROUP, STEPS = 16_384, 8, 1_000_000
 CASES: Mapping[str, str] = {"credit": "grpo"}
@@ -93,31 +92,7 @@ class _Batch:
 
         logp = self.padded(self.new).requires_grad_()
         old, mask = self.padded(self.old), self.padded(torch.ones(STEPS)).long()
-        one: Any = object.__new__(GRPOTrainer)
-        same = {name: staticmethod(lambda values, **_: values) for name in ("gather", "gather_for_metrics")}
-        accelerator = type("OneProcess", (), {"num_processes": 1, "sync_gradients": True, **same})()
-        accelerator.reduce = lambda values, reduction="sum": values
-        settings: dict[str, Any] = {
-            "aux_loss_enabled": False,
-            "loss_type": "grpo",
-            "top_entropy_quantile": 1.0,
-            "off_policy_mask_threshold": None,
-            "use_vllm": False,
-            "beta": 0.0,
-            "epsilon_low": 0.2,
-            "epsilon_high": 0.2,
-            "importance_sampling_level": "token",
-            "current_gradient_accumulation_steps": 1,
-            "max_completion_length": mask.shape[1],
-            "_entropy_bonus_enabled": False,
-            "accelerator": accelerator,
-            "model": SimpleNamespace(training=True),
-            "_metrics": {"train": defaultdict(list)},
-            "args": SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
-            "_get_per_token_logps_and_entropies": lambda *_, **__: (logp, torch.zeros_like(logp), None),
-        }
-        for key, value in settings.items():
-            object.__setattr__(one, key, value)
+        made = bare_trainer(GRPOTrainer, logp, mask.shape[1])
         count = mask.sum()
 
         def work() -> None:
@@ -126,15 +101,12 @@ class _Batch:
             advantage = self.reward - grouped.nanmean(dim=1).repeat_interleave(GROUP)
             advantage = advantage / (nanstd(grouped, dim=1).repeat_interleave(GROUP) + 1e-4)
             inputs = {
-                "prompt_ids": mask[:, :1],
-                "prompt_mask": mask[:, :1],
-                "completion_ids": mask,
                 "completion_mask": mask,
                 "advantages": torch.nan_to_num(advantage, nan=0.0),
                 "old_per_token_logps": old,
                 "num_items_in_batch": count,
             }
-            GRPOTrainer._compute_loss(one, one.model, inputs).backward()
+            loss(made, inputs).backward()  # type: ignore[no-untyped-call]
 
         return work
 

@@ -1,18 +1,27 @@
 """(b) Generation alone: polopt's decoder against `generate` of the same model, prompts and lengths.
 
-Both draw one completion for each of 128 rows (16 prompts x 8), at temperature 1 from the whole vocabulary, until the end
-token or a limit; polopt also returns log-probs and entropies, `generate` tokens only. Each side at its faster precision.
+Both draw one completion for each of 128 rows (16 prompts x 8), at temperature 1 from the whole vocabulary, until the
+end token or a limit; polopt also returns log-probs and entropies, `generate` tokens only. Each side at its faster
+precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from benchmarks.machine import product_rate
-from benchmarks.models import MEDIUM, SMALL, Shape, exp_clipped_mean, make_model, make_prompts, make_tokenizer
+from benchmarks.models import (
+    MEDIUM,
+    SMALL,
+    Shape,
+    clipped_mean,
+    least_seconds,
+    make_model,
+    make_prompts,
+    make_tokenizer,
+)
 from benchmarks.row import Row
 from benchmarks.timing import Contender, alternate, best_setting
 
@@ -28,10 +37,9 @@ GOAL = 1.5
 
 def run(name: str, rounds: int) -> Row:
     """Measure one case."""
+    from polopt.core.policy import Sampling
     from polopt.policies.causal_lm import decoder
     from polopt.policies.causal_lm.policy import trajectory_seeds
-
-    from polopt.core.policy import Sampling
 
     shape, limit = CASES[name]
     model: Any = make_model(shape, limit / 2)
@@ -79,19 +87,9 @@ def run(name: str, rounds: int) -> Row:
         "setting": chosen,
         "generate_setting": setting,
         "completion_tokens": tokens,
-        "expected_tokens": PROMPTS * GROUP * exp_clipped_mean(limit / 2, limit),
+        "expected_tokens": PROMPTS * GROUP * clipped_mean(limit / 2, limit),
         "tokens_per_second": tokens / seconds,
     }
-    return Row(
-        name, "transformers generate", ratio, low, high, _least(shape, tokens, prompts) / seconds, GOAL, seconds, more
-    )
-
-
-def _least(shape: Shape, tokens: float, prompts: Sequence[Sequence[int]]) -> float:
-    """Every completion token and, once, every prompt token through every matrix, at the measured rates."""
-    work = 2 * shape.matrix_parameters
-    drawn, filled = (
-        max(product_rate(rows, shape.hidden, shape.intermediate, dtype) for dtype in (torch.float32, torch.bfloat16))
-        for rows in (PROMPTS * GROUP, 512)
-    )
-    return work * tokens / drawn + work * sum(map(len, prompts)) / filled
+    # Every completion token once, 128 at a time, and every prompt token once.
+    least = least_seconds(shape, tokens, PROMPTS * GROUP) + least_seconds(shape, sum(map(len, prompts)), 512)
+    return Row(name, "transformers generate", ratio, low, high, least / seconds, GOAL, seconds, more)

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import product_rate
-from benchmarks.models import MEDIUM, SMALL, Shape, make_prompts, save
+from benchmarks.models import MEDIUM, SMALL, Shape, least_seconds, make_prompts, save
 from benchmarks.row import Row
 from benchmarks.timing import Contender, alternate, best_setting
 
@@ -55,13 +54,22 @@ def run(name: str, rounds: int) -> Row:
         }
         mine = {label: Polopt(place, prompts, limit, *option) for label, option in ours.items()}
         chosen = best_setting(mine)
-        peer, setting = _best_peer(place, prompts, limit, theirs)
+        # Each on its own: a trainer holds a model and an optimizer.
+        tried = {}
+        for label, option in theirs.items():
+            with _trl(place, prompts, limit, *option) as step:
+                tried[label] = alternate({label: step}, rounds=2).median(label)
+        setting = min(tried, key=lambda label: tried[label])
         with _trl(place, prompts, limit, *theirs[setting]) as step:
             times = alternate({"polopt": mine[chosen], "trl": step}, rounds)
         tokens = mine[chosen].tokens_per_step
     ratio, low, high = times.ratio("trl", "polopt")
     seconds = times.median("polopt")
-    needed = _least_seconds(shape, tokens, prompts)
+    # Completions once when they are drawn, 128 tokens at a time, and three times in the update (forward and both halves
+    # of backward); prompts once per group when they are prefilled, and three times per completion in the update.
+    prompt = sum(len(text.split()) for text in prompts) / len(prompts) * PROMPTS
+    needed = least_seconds(shape, tokens, PROMPTS * GROUP)
+    needed += least_seconds(shape, prompt + 3 * (tokens + prompt * GROUP), 4096)
     more = {
         "trl_seconds": times.median("trl"),
         "setting": chosen,
@@ -69,7 +77,6 @@ def run(name: str, rounds: int) -> Row:
         "completion_tokens_per_step": tokens,
         "tokens_per_second": tokens / seconds,
     }
-    del peer
     return Row(name, "TRL GRPOTrainer", ratio, low, high, needed / seconds, GOAL, seconds, more)
 
 
@@ -120,22 +127,11 @@ class Polopt:
         return self.trainer.meter.spent.tokens / max(self.steps, 1)
 
 
-def _best_peer(
-    folder: Path, prompts: Sequence[str], limit: int, settings: Mapping[str, tuple[bool, int]]
-) -> tuple[None, str]:
-    """The label of TRL's fastest setting, each tried on its own."""
-    seconds: dict[str, float] = {}
-    for label, (bf16, rows) in settings.items():
-        with _trl(folder, prompts, limit, bf16, rows) as step:
-            seconds[label] = alternate({label: step}, rounds=2).median(label)
-    return None, min(seconds, key=lambda label: seconds[label])
-
-
 @contextmanager
 def _trl(folder: Path, prompts: Sequence[str], limit: int, bf16: bool, rows: int) -> Iterator[Contender]:
     """Steps of TRL's own training loop: it runs in a thread and waits before each step until it is asked for one."""
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     go, done = threading.Semaphore(0), threading.Semaphore(0)
@@ -179,6 +175,7 @@ def _trl(folder: Path, prompts: Sequence[str], limit: int, bf16: bool, rows: int
             train_dataset=Dataset.from_list([{"prompt": text} for text in prompts]),
             callbacks=[Gate()],
         )
+        trainer.remove_callback(PrinterCallback)
     thread = threading.Thread(target=trainer.train, daemon=True)
     thread.start()
 
@@ -192,20 +189,3 @@ def _trl(folder: Path, prompts: Sequence[str], limit: int, bf16: bool, rows: int
         over.set()
         go.release()
         thread.join()
-
-
-def _least_seconds(shape: Shape, tokens: float, prompts: Sequence[str]) -> float:
-    """Matrix products that must be done, at the rate this machine was measured to do such products.
-
-    Every completion token once when it is drawn (128 rows at a time) and three times in the update (forward and both
-    halves of backward), every prompt once per group when it is prefilled and three times in the update.
-    """
-    prompt = sum(len(text.split()) for text in prompts) / len(prompts) * PROMPTS
-    rates = {
-        rows: max(
-            product_rate(rows, shape.hidden, shape.intermediate, dtype) for dtype in (torch.float32, torch.bfloat16)
-        )
-        for rows in (PROMPTS * GROUP, 4096)
-    }
-    work = 2 * shape.matrix_parameters
-    return work * tokens / rates[PROMPTS * GROUP] + work * (prompt + 3 * (tokens + prompt * GROUP)) / rates[4096]

@@ -1,8 +1,7 @@
-"""Models to measure with: random Qwen3 decoders over bytes-and-more whose completions end after a chosen mean length."""
+"""Models to measure with: random Qwen3 decoders whose completions end after a chosen mean length."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.machine import product_rate
 
 PAD, EOS = 0, 1
 
@@ -93,16 +94,17 @@ def make_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
     vocabulary = {"<pad>": PAD, "<eos>": EOS, **{f"w{i}": i for i in range(2, shape.vocabulary)}}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
 
 
 def make_prompts(shape: Shape, count: int, shortest: int = 16, longest: int = 48, seed: int = 0) -> list[str]:
     """Random texts of ``shortest`` to ``longest`` tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
-    return [
-        " ".join(f"w{i}" for i in torch.randint(2, shape.vocabulary, (n,), generator=generator).tolist()) for n in lengths
-    ]
+    texts = [torch.randint(2, shape.vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    return [" ".join(f"w{i}" for i in text) for text in texts]
 
 
 def save(shape: Shape, mean_length: float, folder: Path, seed: int = 0) -> Any:
@@ -113,7 +115,13 @@ def save(shape: Shape, mean_length: float, folder: Path, seed: int = 0) -> Any:
     return model
 
 
-def exp_clipped_mean(mean_length: float, limit: int) -> float:
-    """Mean of a geometric length with this mean, cut at the limit."""
+def clipped_mean(mean_length: float, limit: int) -> float:
+    """Mean of a geometric length with this mean (above 1), cut at the limit."""
     stay = 1 - 1 / mean_length
-    return (1 - stay**limit) / (1 - stay) if stay < 1 else math.inf
+    return (1 - stay**limit) / (1 - stay)
+
+
+def least_seconds(shape: Shape, tokens: float, rows: int) -> float:
+    """Time of every matrix product of a forward pass over ``tokens``, ``rows`` at a time, at the measured peak rate."""
+    rate = max(product_rate(rows, shape.hidden, shape.intermediate, dtype) for dtype in (torch.float32, torch.bfloat16))
+    return 2 * shape.matrix_parameters * tokens / rate

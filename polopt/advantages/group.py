@@ -64,6 +64,4 @@ class LeaveOneOut(Part):
         advantage = rollout.group_center(returns) * count / (count - 1).clamp_min(1)
         if not self.normalize:
             return advantage
-        valid = advantage[~returns.isnan()]
-        scaled = (advantage - valid.mean()) / (valid.std() + 1e-4) if valid.numel() > 1 else advantage
-        return torch.where(returns.isnan(), torch.zeros_like(scaled), scaled)
+        return rollout.as_one_group.group_zscore(torch.where(returns.isnan(), returns, advantage), eps=1e-4)

@@ -17,14 +17,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polopt.core.method import Method, Schedule
-from polopt.core.policy import Policy, Request
+from polopt.core.policy import Request
 from polopt.core.rollout import Rollout
 from polopt.policies.exact import ExactPolicy, SequenceSpace, enumeration
 from polopt.rewards.scoring import Scorer
 from polopt.rollouts.groups import Groups
 from polopt.tasks.problems import Problem
 from polopt.training.budget import Budget
-from polopt.training.build import check_needs
+from polopt.training.build import at_start, check_needs
 from polopt.training.collect import Collector, provides
 from polopt.training.profile import Profiler
 from polopt.training.tracking import Trackers
@@ -52,16 +52,7 @@ class NoisyGroups(Groups):
     corrupted: int = 0
     shift: float = 1.0
 
-    def __call__(
-        self,
-        policy: Policy,
-        requests: Sequence[Request],
-        *,
-        limit: int,
-        seed: int,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Rollout:
-        rollout = super().__call__(policy, requests, limit=limit, seed=seed, progress=progress)
+    def finish(self, rollout: Rollout, seed: int) -> Rollout:
         generator = torch.Generator().manual_seed(seed % 2**62)
         return disturbed(rollout, generator, noise=self.noise, corrupted=self.corrupted, shift=self.shift)
 
@@ -145,6 +136,7 @@ def start(
     policy = problem.policy()
     prepare(policy)
     rewards = problem.reward_functions()
+    method = at_start(method)
     check_needs(method, policy, rewards)
     lr = {"adam": ADAM, "sgd": SGD}[optimizer]
     makes: dict[str, Any] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,50 +38,32 @@ def statistics(
     before. The run ends early once ``until`` holds of the rows so far. ``quick`` makes two iterations of a few short
     answers.
     """
-    config = RunConfig(
-        method=method,
-        seed=seed,
-        steps=2 if quick else steps,
-        prompts=2 if quick else 16,
-        group=2 if quick else 8,
-        level=(1,) if quick else (),
-        eval_prompts=1,
-        track=("none",),
-        slots=dict(slots or {}),
-    )
     rows: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        settled = resolve(config)
-        with RunProgress(Budget(settled.steps), quiet=True, console=Console(quiet=True)) as bar:
-            trainer = make_trainer(settled, Path(folder), bar)
-            trainer.trackers = Trackers({})
-            trainer.eval_every = trainer.save_every = None
-            collect: Any = trainer.collect
+    level = (1,) if quick else ()
+    with _trainer(method, seed=seed, quick=quick, steps=steps, level=level, slots=dict(slots or {})) as trainer:
+        collect: Any = trainer.collect
 
-            def watched(*arguments: Any) -> Any:
-                batch = collect(*arguments)
-                drawn = batch.drawn
-                score = drawn["score"]
-                wrong = drawn.lengths[score < 1].float()
-                rows.append(
-                    {
-                        "reward": float(score.mean()),
-                        "entropy": float(drawn["entropy"].mean()),
-                        "trajectories": float(drawn.n_trajectories),
-                        "wrong length": float(wrong.mean())
-                        if len(wrong)
-                        else rows[-1]["wrong length"]
-                        if rows
-                        else 0.0,
-                    }
-                )
-                return batch
+        def watched(*arguments: Any) -> Any:
+            batch = collect(*arguments)
+            drawn = batch.drawn
+            score = drawn["score"]
+            wrong = drawn.lengths[score < 1].float()
+            before = rows[-1]["wrong length"] if rows else 0.0
+            rows.append(
+                {
+                    "reward": float(score.mean()),
+                    "entropy": float(drawn["entropy"].mean()),
+                    "trajectories": float(drawn.n_trajectories),
+                    "wrong length": float(wrong.mean()) if len(wrong) else before,
+                }
+            )
+            return batch
 
-            trainer.collect = watched  # type: ignore[assignment]
-            for _ in range(settled.steps or 0):
-                trainer.step()
-                if until(rows):
-                    break
+        trainer.collect = watched  # type: ignore[assignment]
+        for _ in range(trainer.budget.steps or 0):
+            trainer.step()
+            if until(rows):
+                break
     return rows
 
 
@@ -99,28 +82,28 @@ def trained(
     ``prepare`` is applied to every training example; ``slots`` are whole parts in the place of the method's. ``quick``
     makes two iterations of a few answers.
     """
-    config = RunConfig(
-        method=method,
-        seed=seed,
-        steps=2 if quick else steps,
-        prompts=2 if quick else 16,
-        group=2 if quick else 8,
-        level=level,
-        eval_prompts=1,
-        track=("none",),
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        settled = resolve(config)
-        with RunProgress(Budget(settled.steps), quiet=True, console=Console(quiet=True)) as bar:
-            trainer = make_trainer(settled, Path(folder), bar)
-            trainer.method = trainer.method | (slots or {})
-            trainer.trackers = Trackers({})
-            trainer.eval_every = trainer.save_every = None
-            pool = [prepare(example) for example in trainer.collect.pool]
-            trainer.collect = replace(trainer.collect, pool=pool)
-            for _ in range(settled.steps or 0):
-                trainer.step()
+    with _trainer(method, seed=seed, quick=quick, steps=steps, level=level) as trainer:
+        trainer.method = trainer.method | (slots or {})
+        trainer.collect = replace(trainer.collect, pool=[prepare(example) for example in trainer.collect.pool])
+        for _ in range(trainer.budget.steps or 0):
+            trainer.step()
     return trainer
+
+
+@contextmanager
+def _trainer(method: str, *, seed: int, quick: bool, steps: int, **settings: Any) -> Iterator[Trainer]:
+    """The trainer of a run of 16 x 8 (``quick``: 2 steps of 2 x 2) that evaluates, saves and logs nothing by itself."""
+    count, prompts, group = (2, 2, 2) if quick else (steps, 16, 8)
+    size: dict[str, Any] = {"steps": count, "prompts": prompts, "group": group, "eval_prompts": 1}
+    settled = resolve(RunConfig(method=method, seed=seed, track=("none",), **size, **settings))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        RunProgress(Budget(settled.steps), quiet=True, console=Console(quiet=True)) as bar,
+    ):
+        trainer = make_trainer(settled, Path(folder), bar)
+        trainer.trackers = Trackers({})
+        trainer.eval_every = trainer.save_every = None
+        yield trainer
 
 
 def answers(trainer: Trainer, examples: Sequence[Example]) -> Rollout:

@@ -70,6 +70,7 @@ def make_page(
         "corrected for the number of methods. Every method has the same learning rate, that of its world, and its own "
         "defaults otherwise: the table says what a method does as it comes, not what tuning could make of it.",
         _overview(present, labels),
+        *_assisted(labels),
         *(_details(name, report, labels) for name, report in present.items()),
         "## How it was made",
         f"```bash\n{command}\n```",
@@ -80,6 +81,19 @@ def make_page(
             "Not run, as they need more than prompts and a verifier: " + ", ".join(f"`{s}`" for s in left_out) + "."
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _assisted(labels: Sequence[str]) -> list[str]:
+    """Who was helped: methods whose rollout has an environment, in training and on held-out prompts alike."""
+    known = methods()
+    helped = [s for s in labels if s in known and getattr(known[s].rollout, "environment", None) is not None]
+    if not helped:
+        return []
+    names = ", ".join(f"`{slug}`" for slug in helped)
+    return [
+        f"Not a fair comparison: {names} answer with a tool (the calculator) in the small world, in training and on "
+        "held-out prompts, and their scores there have its help. In the exact world nothing answers them."
+    ]
 
 
 def _by_label(report: Report) -> Mapping[str, Entry]:

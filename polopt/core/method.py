@@ -165,9 +165,7 @@ class Method:
                 continue
             made = part(rollout)
             columns = made if isinstance(made, Mapping) else {slot: made}
-            rollout = rollout.with_columns(
-                step={name: rollout.spread(value).detach().clone() for name, value in columns.items()}
-            )
+            rollout = rollout.with_columns(step={name: _constant(rollout, value) for name, value in columns.items()})
         return rollout
 
     def loss(self, evaluation: Evaluation, rollout: Rollout) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
@@ -181,7 +179,9 @@ class Method:
         metrics: dict[str, Tensor] = {}
         # What each member sees: members that train on the same steps share it.
         views = {name: rollout.under(name) for name in self.masks}
-        evaluated = {name: evaluation.trainable(view.mask) for name, view in views.items()}
+        evaluated = {
+            name: evaluation if view.trains_whole else evaluation.trainable(view.mask) for name, view in views.items()
+        }
         for slot in ("objective", "regularizer"):
             for member in flatten(getattr(self, slot)):
                 mask = getattr(member, "mask", "mask")
@@ -203,7 +203,7 @@ class Method:
     def _aggregate(self, loss: Loss, rollout: Rollout) -> Float[Tensor, ""]:
         match loss.level:
             case "step":
-                return cast(Tensor, self.aggregation(torch.where(rollout.mask, loss.value, 0.0), rollout))
+                return cast(Tensor, self.aggregation(rollout.kept(loss.value), rollout))
             case "trajectory":
                 return loss.value.sum() / max(rollout.counts.trajectories, 1.0)
             case "group":
@@ -234,6 +234,12 @@ class Method:
         single = {str(slot): value for slot, value in self.slots().items() if hasattr(value, "state_dict")}
         models = {f"models/{k}": v for k, v in self.models.items() if hasattr(v, "state_dict")}
         return {**single, **models}
+
+
+def _constant(rollout: Rollout, values: Tensor) -> Tensor:
+    """Values per trajectory or step as a step column of its own, without gradient."""
+    spread = rollout.spread(values).detach()
+    return spread.clone() if spread.data_ptr() == values.data_ptr() else spread
 
 
 def _covered(column: str, known: set[str]) -> bool:

@@ -52,9 +52,10 @@ class Part:
     - ``state``: names of attributes that change while training; saved in checkpoints, checked by name on load.
 
     A part with a method ``observe(rollout, evaluate)`` learns from every iteration. It is called after the updates with
-    everything that was drawn, filtered or not, as the reward parts left it. ``evaluate(rollout, names)`` gives a
-    rollout with these step functionals (``logp``, ``entropy``, ...) of the present policy, without gradient and within
-    the token budget, in the place of columns of that name; any rollout will do, one from the part's state too.
+    all answers that were drawn (probes are none), filtered or not, as the reward parts left them. ``evaluate(rollout,
+    names)`` gives a rollout with these step functionals (``logp``, ``entropy``, ...) of the present policy, without
+    gradient and within the token budget, in the place of columns of that name; any rollout will do, one from the part's
+    state too.
     """
 
     slot: ClassVar[Slot]

@@ -262,7 +262,7 @@ class Rollout:
     @cached_property
     def trajectory(self) -> Int[Tensor, " step"]:
         """Trajectory of each step."""
-        return torch.arange(self.n_trajectories, device=self.lengths.device).repeat_interleave(self.lengths)
+        return torch.repeat_interleave(self.lengths, output_size=self.n_steps)
 
     @cached_property
     def step_group(self) -> Int[Tensor, " step"]:
@@ -331,7 +331,12 @@ class Rollout:
             for level in LEVELS
         }
         # The normalisers are those of the batch, whatever a part does to the mask of a piece of it.
-        return dataclasses.replace(self, columns={level: {**kept[level], **given[level]} for level in LEVELS})
+        made = dataclasses.replace(self, columns={level: {**kept[level], **given[level]} for level in LEVELS})
+        # What follows from the layout, and from the mask where that stays, need not be computed again.
+        for name in (*_OF_LAYOUT, *(() if "mask" in new else _OF_MASK)):
+            if name in self.__dict__:
+                made.__dict__[name] = self.__dict__[name]
+        return made
 
     @cached_property
     def mask(self) -> Bool[Tensor, " step"]:
@@ -349,6 +354,11 @@ class Rollout:
             return self
         counts = dataclasses.replace(self.counts, steps=self.counts.masks[mask]) if mask in self else self.counts
         return dataclasses.replace(self.with_columns(step={"mask": self[mask].bool()}), batch_counts=counts)
+
+    @cached_property
+    def trains_whole(self) -> bool:
+        """Whether every step may train: nothing needs to be masked."""
+        return bool(self.mask.all())
 
     @property
     def logp(self) -> Float[Tensor, " step"]:
@@ -391,26 +401,32 @@ class Rollout:
     def spread(self, values: Tensor, level: Level | None = None) -> Tensor:
         """Values per trajectory (or, with ``level="group"``, per group) repeated onto steps; step values unchanged."""
         if level == "group":
-            return values[self.step_group]
-        if level is None and values.shape[0] == self.n_steps:
+            values = values[self.group]
+        elif level is None and values.shape[0] == self.n_steps:
             return values
-        if values.shape[0] != self.n_trajectories:
+        elif values.shape[0] != self.n_trajectories:
             raise ValueError(
                 f"expected {self.n_trajectories} trajectory or {self.n_steps} step values, got {values.shape[0]}"
             )
-        return values[self.trajectory]
+        return values.index_select(0, self.trajectory)
 
     def sum_steps(self, values: Float[Tensor, " step"]) -> Float[Tensor, " trajectory"]:
         """Sum over the trainable steps of each trajectory."""
-        return segments.segment_sum(values, self.trajectory, self.n_trajectories, mask=self.mask)
+        return segments.run_sum(self.kept(values), self.lengths)
 
     def mean_steps(self, values: Float[Tensor, " step"]) -> Float[Tensor, " trajectory"]:
         """Mean over the trainable steps of each trajectory; 0 where there are none."""
         return segments.segment_mean(values, self.trajectory, self.n_trajectories, mask=self.mask)
 
+    def kept(self, values: Float[Tensor, " step"]) -> Float[Tensor, " step"]:
+        """Values with 0 at the steps that do not train, whatever stood there."""
+        return values if self.trains_whole else torch.where(self.mask, values, torch.zeros_like(values))
+
     @cached_property
     def active_lengths(self) -> Float[Tensor, " trajectory"]:
         """Number of trainable steps of each trajectory, |y_i|."""
+        if self.trains_whole:
+            return self.lengths.float()
         return segments.segment_count(self.trajectory, self.n_trajectories, mask=self.mask)
 
     def group_mean(self, values: Float[Tensor, " trajectory"]) -> Float[Tensor, " group"]:
@@ -441,6 +457,11 @@ class Rollout:
         # eps = 0 is allowed (scale invariance); a group without spread has a zero numerator.
         return self.group_center(values) / torch.where(spread > 0, spread, torch.ones_like(spread))
 
+    @property
+    def as_one_group(self) -> Self:
+        """The trajectories as one group, without columns: its statistics are those of the batch."""
+        return dataclasses.replace(self, group=torch.zeros_like(self.group), columns={}, payload=None)
+
     def whiten(
         self, values: Float[Tensor, " item"], *, eps: float = 1e-8, unbiased: bool = True
     ) -> Float[Tensor, " item"]:
@@ -456,8 +477,12 @@ class Rollout:
 
     def batch_mean(self, values: Float[Tensor, " step"]) -> Float[Tensor, ""]:
         """This piece's share of the mean over the trainable steps of the whole batch; shares of pieces add up."""
-        kept = torch.where(self.mask, values, torch.zeros_like(values))
-        return kept.sum() / max(self.counts.steps, 1.0)
+        return self.kept(values).sum() / max(self.counts.steps, 1.0)
+
+    def batch_share(self, condition: Bool[Tensor, " step"]) -> Float[Tensor, ""]:
+        """`batch_mean` of a condition: this piece's part of the share of trainable steps for which it holds."""
+        held = condition if self.trains_whole else condition & self.mask
+        return held.count_nonzero() / max(self.counts.steps, 1.0)
 
     # --- select, concat, split ----------------------------------------------------------------------------------
 
@@ -577,10 +602,6 @@ class Rollout:
             dearest = max(dearest, top)
         return bins
 
-    def fits(self, unit: Unit, cost: Sequence[int], budget: int) -> bool:
-        """Whether `split` can respect the budget, that is, whether no single unit is dearer than it."""
-        return all(len(chosen) * max(cost[i] for i in chosen) <= budget for chosen in self.bins(unit, cost, budget))
-
     def to(self, device: torch.device | str) -> Self:
         """The columns on another device."""
         return dataclasses.replace(
@@ -626,6 +647,11 @@ class Rollout:
             payload = _KINDS[kind].from_state(state["payload"])
         counts = None if state["counts"] is None else Counts(**state["counts"])
         return cls(state["lengths"], state["group"], state["columns"], payload, counts)
+
+
+_OF_LAYOUT = ("_sizes", "trajectory", "step_group")
+_OF_MASK = ("mask", "trains_whole", "active_lengths", "counts")
+"""Cached properties by what they follow from."""
 
 
 def _numbered(labels: Int[Tensor, " trajectory"]) -> Int[Tensor, " trajectory"]:

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 __all__ = [
+    "run_sum",
     "segment_count",
     "segment_cumsum",
     "segment_is_first",
@@ -68,6 +69,18 @@ def segment_sum(
     """sum_i x_i over each segment; an empty segment gives 0."""
     values, index = _select(values, index, size, mask)
     return _accumulate(values, index, size).to(values.dtype)
+
+
+def run_sum(values: Float[Tensor, "item"], lengths: Int[Tensor, "segment"]) -> Float[Tensor, "segment"]:
+    """`segment_sum` of segments that lie one after the other, ``lengths`` items each: several times as fast.
+
+    ``ValueError`` if the lengths do not add up to the items.
+    """
+    if values.dim() != 1 or int(lengths.sum()) != values.numel():
+        raise ValueError(f"lengths add up to {int(lengths.sum())}, but the values have shape {list(values.shape)}")
+    wide = values.to(_accumulator(values))
+    summed = torch.segment_reduce(wide, "sum", lengths=lengths, unsafe=True)
+    return summed if values.dtype == torch.float64 else summed.to(torch.float32)
 
 
 def segment_mean(

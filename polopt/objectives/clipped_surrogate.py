@@ -9,7 +9,7 @@ import torch
 from polopt.core.loss import Evaluation, Loss, per_step
 from polopt.core.part import Part, part
 from polopt.core.rollout import Rollout
-from polopt.objectives.ratio import clip_metrics, log_ratio
+from polopt.objectives.ratio import clip_shares, log_ratio
 
 
 @part("objective", "clipped-surrogate")
@@ -33,9 +33,13 @@ class ClippedSurrogate(Part):
     def __call__(self, evaluation: Evaluation, rollout: Rollout) -> Loss:
         advantage = rollout.advantage
         ratio = log_ratio(evaluation, rollout).exp()
-        clipped = ratio.clamp(1 - self.low, 1 + self.high)
         bounded = ratio if self.cap is None else ratio.clamp(max=self.cap)
-        gain = torch.minimum(bounded * advantage, clipped * advantage)
+        gain = bounded * advantage
+        # min(rho A, clip(rho) A) is the minimum of rho A and of A times the one bound that can be the smaller.
+        above, below = advantage.new_tensor(1 + self.high), advantage.new_tensor(1 - self.low)
+        limit = torch.where(advantage > 0, above, below) * advantage
+        cut = limit < gain
+        gain = torch.where(cut, limit, gain)
         if self.dual is not None:
             gain = torch.where(advantage < 0, torch.maximum(gain, self.dual * advantage), gain)
-        return per_step(-gain, **clip_metrics(ratio.detach(), advantage, self.low, self.high, rollout))
+        return per_step(-gain, **clip_shares(cut, advantage, rollout))

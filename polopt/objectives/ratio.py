@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from polopt.core.loss import Evaluation
@@ -15,14 +14,19 @@ MAX_LOG_RATIO = 20.0
 
 def log_ratio(evaluation: Evaluation, rollout: Rollout) -> Float[Tensor, " step"]:
     """log pi(a_t) - log pi_old(a_t), 0 on masked steps, bounded by +-`MAX_LOG_RATIO`."""
-    gap = torch.where(rollout.mask, evaluation.logp - rollout.logp, 0.0)
-    return gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return rollout.kept(evaluation.logp - rollout.logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def clip_metrics(
     ratio: Float[Tensor, " step"], advantage: Float[Tensor, " step"], low: float, high: float, rollout: Rollout
 ) -> dict[str, Tensor]:
-    """Share of trainable steps whose gradient the clip removes: below with A < 0, above with A > 0, either."""
-    below = rollout.batch_mean(((ratio < 1 - low) & (advantage < 0)).float())
-    above = rollout.batch_mean(((ratio > 1 + high) & (advantage > 0)).float())
+    """`clip_shares` of a ratio outside [1 - low, 1 + high] on the side to which its advantage pushes it."""
+    cut = ((ratio < 1 - low) & (advantage < 0)) | ((ratio > 1 + high) & (advantage > 0))
+    return clip_shares(cut, advantage, rollout)
+
+
+def clip_shares(cut: Bool[Tensor, " step"], advantage: Float[Tensor, " step"], rollout: Rollout) -> dict[str, Tensor]:
+    """Share of trainable steps whose gradient the clip removes (``cut``): with A < 0, with A > 0, either."""
+    below = rollout.batch_share(cut & (advantage < 0))
+    above = rollout.batch_share(cut & (advantage > 0))
     return {"clip_ratio__low_mean": below, "clip_ratio__high_mean": above, "clip_ratio__region_mean": below + above}

@@ -20,8 +20,9 @@ from polopt.core.rollout import Rollout
 class Groups(Sampling, Part):
     """``count`` independent samples of the policy for each request; the options are those of `Sampling`.
 
-    Adds the trajectory column ``limit``, the completion budget, and those that the requests carry. Raises UsageError
-    for an option out of range, and for requests that carry different columns.
+    Adds the trajectory column ``limit``, the completion budget, and those that the requests carry. A part that only
+    adds columns to such groups, or changes some, overrides `finish`. Raises UsageError for an option out of range, and
+    for requests that carry different columns.
     """
 
     gives = frozenset({"limit"})
@@ -44,7 +45,12 @@ class Groups(Sampling, Part):
         sampling = Sampling(**{**given, "max_new_tokens": self.max_new_tokens or limit})
         rollout = policy.sample(requests, sampling, seed=seed, progress=progress)
         budget = torch.full((rollout.n_trajectories,), sampling.max_new_tokens or limit, device=rollout.device)
-        return rollout.with_columns(trajectory={"limit": budget, **_requested(requests, rollout)})
+        rollout = rollout.with_columns(trajectory={"limit": budget, **_requested(requests, rollout)})
+        return self.finish(rollout, seed)
+
+    def finish(self, rollout: Rollout, seed: int) -> Rollout:
+        """What becomes of the sampled groups: nothing here; a function of the rollout and the seed."""
+        return rollout
 
 
 def _requested(requests: Sequence[Request], rollout: Rollout) -> dict[str, Tensor]:

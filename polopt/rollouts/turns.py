@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 import torch
 from jaxtyping import Int
@@ -18,10 +17,7 @@ from polopt.core.rollout import Rollout
 from polopt.rewards.scoring import transcripts
 from polopt.rollouts.environments import get_environment
 from polopt.rollouts.groups import Groups
-from polopt.rollouts.states import actions
-
-_OF_THE_RUN: Final = frozenset({"limit"})
-"""Trajectory columns that say nothing about how a trajectory goes on."""
+from polopt.rollouts.states import actions, another_seed
 
 
 @part("rollout", "turns")
@@ -60,13 +56,11 @@ class Turns(Groups):
         budget = self.max_new_tokens or limit
         alone = Groups(**{name: getattr(self, name) for name in Groups.__dataclass_fields__})
         asking = replace(alone, stop=(*self.stop, *environment.stop))
-        seeds = torch.randint(2**62, (self.most,), generator=torch.Generator().manual_seed(seed % 2**63)).tolist()
-
         whole = asking(policy, requests, limit=limit, seed=seed, progress=progress)
         whole = whole.with_columns(step={"turn": torch.zeros_like(whole["action"])})
         each = [replace(request, count=1) for request in requests for _ in range(request.count)]
         active = torch.arange(whole.n_trajectories)
-        for turn, own in enumerate(seeds, 1):
+        for turn in range(1, self.most + 1):
             active, answers = self._asked(policy, environment, whole, active)
             whole, active = _write(policy, each, whole, active, answers, budget)
             if not len(active):
@@ -79,7 +73,7 @@ class Turns(Groups):
                 replace(request, prefix=ids, limit=room) if index in going else replace(request, count=0)
                 for index, (request, ids, room) in enumerate(zip(each, actions(whole), left, strict=True))
             ]
-            more = sampler(policy, asked, limit=budget, seed=own)
+            more = sampler(policy, asked, limit=budget, seed=another_seed(seed, turn))
             whole = _continued(whole, active, more)
         return whole
 
@@ -93,6 +87,8 @@ class Turns(Groups):
         """Which of these trajectories wait for the environment, and what it says to each."""
         last = whole["action"][whole.lengths.cumsum(0) - 1]
         over = whole["truncated"].bool() | torch.isin(last, last.new_tensor([*policy.end_ids, *self.stop_ids]))
+        # Where nothing can follow, a trajectory is whole.
+        over |= torch.tensor(policy.room(whole), device=over.device) < 1
         found, answers = [], []
         read = transcripts(whole)
         for index in active[~over[active].cpu()].tolist():
@@ -145,6 +141,4 @@ def _continued(whole: Rollout, at: Int[Tensor, " chosen"], more: Rollout) -> Rol
     if "turn" not in more:
         last = (whole.lengths.cumsum(0) - 1)[at]
         more = more.with_columns(step={"turn": more.spread(whole["turn"][last])})
-    kept = {name: value for name, value in more.columns["trajectory"].items() if name not in _OF_THE_RUN}
-    more = replace(more, columns={**more.columns, "trajectory": kept})
     return whole.replaced(at, whole.select(at).join(more))

@@ -141,11 +141,12 @@ def make_policy(config: RunConfig, limit: int) -> CausalLM:
 
 def make_method(config: RunConfig) -> Method:
     """The method with the configuration's slots and fields replaced."""
-    made = override(get_method(config.method), config.slots)
-    if made.controller is None:
-        return made
-    # The controller's starting coefficients hold, and what they need is there, from the first iteration on.
-    return override(made, made.clone().controller({}))
+    return at_start(override(get_method(config.method), config.slots))
+
+
+def at_start(method: Method) -> Method:
+    """The method with its controller's starting coefficients, which hold from the first iteration on."""
+    return method if method.controller is None else override(method, method.clone().controller({}))
 
 
 def resolve(config: RunConfig) -> RunConfig:

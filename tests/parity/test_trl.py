@@ -7,13 +7,13 @@ advantage block sits inside generation, so the formula is written out here with 
 from __future__ import annotations
 
 from collections import defaultdict
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.trl_loss import bare_trainer, loss
 from polopt.aggregations import FixedLength
 from polopt.core.method import Method
 from polopt.core.override import override
@@ -30,21 +30,6 @@ nanstd = pytest.importorskip("trl.trainer.utils").nanstd
 
 PROMPTS, GROUP, WIDTH, BUDGET = 3, 4, 9, 11
 SEEDS = range(4)
-
-
-class OneProcess:
-    """What the trainers ask of an accelerator."""
-
-    num_processes = 1
-    sync_gradients = True
-
-    def gather(self, values: Tensor) -> Tensor:
-        return values
-
-    gather_for_metrics = gather
-
-    def reduce(self, values: Tensor, reduction: str = "sum") -> Tensor:
-        return values
 
 
 class Batch:
@@ -87,38 +72,8 @@ class Batch:
     def trl(self, trainer: type, **settings: Any) -> tuple[float, Tensor]:
         """TRL's loss and its gradient in the log-probs [M, T]."""
         logp = self.new.clone().requires_grad_()
-        self_: Any = object.__new__(trainer)
-        defaults: dict[str, Any] = {
-            "aux_loss_enabled": False,
-            "top_entropy_quantile": 1.0,
-            "off_policy_mask_threshold": None,
-            "use_vllm": False,
-            "beta": 0.0,
-            "epsilon_low": 0.2,
-            "epsilon_high": 0.2,
-            "importance_sampling_level": "token",
-            "current_gradient_accumulation_steps": 1,
-            "max_completion_length": BUDGET,
-            "_entropy_bonus_enabled": False,
-            "accelerator": OneProcess(),
-            "model": SimpleNamespace(training=True),
-            "_metrics": {"train": defaultdict(list)},
-            "args": SimpleNamespace(
-                use_bias_correction_kl=False,
-                delta=settings.pop("delta", None),
-                sapo_temperature_pos=1.0,
-                sapo_temperature_neg=1.05,
-                steps_per_generation=1,
-            ),
-            "_get_per_token_logps_and_entropies": lambda *args, **kwargs: (logp, torch.zeros_like(logp), None),
-        }
-        for name, value in {**defaults, **settings}.items():
-            object.__setattr__(self_, name, value)
-        token = torch.zeros_like(self.completion)
+        made = bare_trainer(trainer, logp, BUDGET, **settings)
         inputs = {
-            "prompt_ids": token[:, :1],
-            "prompt_mask": token[:, :1],
-            "completion_ids": token,
             "completion_mask": self.completion,
             "tool_mask": self.tool,
             "advantages": self.advantage(trainer, **settings),
@@ -127,10 +82,10 @@ class Batch:
             "ref_per_token_logps": self.ref,
             "num_items_in_batch": self.mask.sum(),
         }
-        loss = trainer._compute_loss(self_, self_.model, inputs)  # type: ignore[attr-defined]
-        loss.backward()
+        value = loss(made, inputs)
+        value.backward()
         assert logp.grad is not None
-        return float(loss.detach()), logp.grad
+        return float(value.detach()), logp.grad
 
     def advantage(self, trainer: type, scale_rewards: str = "group", beta: float = 0.0, **others: Any) -> Tensor:
         if trainer is rloo_trainer.RLOOTrainer:

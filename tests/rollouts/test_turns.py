@@ -13,6 +13,8 @@ from polopt.core.policy import Request
 from polopt.core.rollout import Rollout
 from polopt.policies.causal_lm.payload import TokenPayload
 from polopt.policies.causal_lm.policy import CausalLM
+from polopt.policies.exact import ExactPolicy, SequenceSpace
+from polopt.policies.exact.policy import example_of
 from polopt.rollouts.environments import get_environment
 from polopt.rollouts.groups import Groups
 from polopt.rollouts.turns import Turns
@@ -155,3 +157,12 @@ def test_environments_by_name() -> None:
         get_environment("builtins:dict")
     with pytest.raises(UsageError, match="most is 0"):
         Turns(most=0)
+
+
+def test_a_policy_without_text_is_never_answered() -> None:
+    space = SequenceSpace(3, 4)
+    exact, asked = ExactPolicy(space, 2), [Request(example_of(b), 8) for b in range(2)]
+    rollout = Turns()(exact, asked, limit=4, seed=0)
+    plain = Groups()(exact, asked, limit=4, seed=0)
+    assert rollout["action"].tolist() == plain["action"].tolist()
+    assert rollout.mask.all() and not rollout["turn"].any() and not rollout["truncated"].any()

@@ -11,7 +11,8 @@ prompt. Arms: GRPO; rule 1 (attenuate); rule 3 (amplify); as controls, the weigh
 next group of the (shuffled) batch, which are as many and as large but have nothing to do with the group. Exact mean
 length of right responses at the end, mean over the prompts; exact expected reward of the hard and of the easy prompts,
 mean over the iterations, since the claim is how fast it grows. Prompts share nothing here, so that attenuating one
-cannot help another: rule 1 is compared on the hard prompts with its control only.
+cannot help another: rule 1 is compared on the hard prompts with its control only. (Rewards became means over the
+iterations, instead of final ones, after a trial on two seeds and before the first full run.)
 
 Small world: the shipped policy, whose guesses are short and whose worked solutions are long, on its default task, 30
 iterations of 16 x 8, rate 2e-4, 5 seeds: GRPO, rule 1 and its control. One answer to each of 256 held-out questions of

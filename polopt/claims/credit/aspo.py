@@ -18,7 +18,7 @@ auxiliary reward in groups in which all are right, "about one half" being 0.4 to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,6 @@ from polopt.claims.claim import Claim
 from polopt.claims.exact import Run, batch, credited, curve, start
 from polopt.core.override import override
 from polopt.core.part import Part
-from polopt.core.policy import Policy, Request
 from polopt.core.rollout import Rollout
 from polopt.core.segments import segment_cumsum
 from polopt.methods.base.grpo import grpo
@@ -58,16 +57,8 @@ class ToolGroups(Groups):
 
     gives = Groups.gives | {"turn"}
 
-    def __call__(
-        self,
-        policy: Policy,
-        requests: Sequence[Request],
-        *,
-        limit: int,
-        seed: int,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Rollout:
-        return turns(super().__call__(policy, requests, limit=limit, seed=seed, progress=progress))
+    def finish(self, rollout: Rollout, seed: int) -> Rollout:
+        return turns(rollout)
 
 
 @dataclass(frozen=True)

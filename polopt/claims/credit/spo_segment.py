@@ -98,6 +98,7 @@ def squared_error(run: Run, method: Method, seed: int, draws: int) -> float:
     q, v = tree.action_values(SPACE, policy.table().detach(), run.problem.reward)
     exact = q - v[..., None]
     collector: Any = run.trainer.collect
+    method = method.clone()  # the registered one keeps no state
     found: list[Tensor] = []
     for draw in range(draws):
         kept = collector(method, torch.Generator().manual_seed(1000 * seed + draw)).kept

@@ -14,12 +14,12 @@ exact expected reward given another structure. A collapse is a prompt whose prob
 
 No preference: gradient of one batch of 8 groups of 8 per prompt from the initial policy; the norm of its part in the
 logits of the first token over the whole norm, with alpha 1, is at most 1e-6. (Trained probabilities would not do: Adam
-divides rounding errors by their own size.)
+divides rounding errors by their own size: a trial on two seeds showed it, before the first full run.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,6 @@ from polopt.claims.claim import Claim
 from polopt.claims.exact import Run, batch, credited, gradient, start
 from polopt.core.method import Method
 from polopt.core.override import override
-from polopt.core.policy import Policy, Request
 from polopt.core.rollout import Rollout
 from polopt.methods.base.grpo import grpo
 from polopt.methods.base.rloo import rloo
@@ -48,16 +47,8 @@ class StructuredGroups(Groups):
 
     gives = Groups.gives | {"stratum"}
 
-    def __call__(
-        self,
-        policy: Policy,
-        requests: Sequence[Request],
-        *,
-        limit: int,
-        seed: int,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Rollout:
-        return with_strata(super().__call__(policy, requests, limit=limit, seed=seed, progress=progress))
+    def finish(self, rollout: Rollout, seed: int) -> Rollout:
+        return with_strata(rollout)
 
 
 def with_strata(rollout: Rollout) -> Rollout:

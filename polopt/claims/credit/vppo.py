@@ -15,7 +15,8 @@ these positions are normal with standard deviation 0.5 for each prompt; those of
 Small world, because a mask can only help where parameters are shared: the shipped policy on the grid task, whose grid
 is the observation that every answer needs, level 3, 16 x 8, 15 iterations at rate 2e-4, 5 seeds. Success on 256
 held-out grids, one answer each, after training. All arms clip alike and drop groups without spread (without drawing
-others for them); the entropy penalty, a part of the shipped runs, is in VPPO and in its random mask alone.
+others for them); the entropy penalty, a part of the shipped runs, is in VPPO and in its random mask alone. A first,
+larger design (all levels, 20 iterations, 8 rounds of drawing) was stopped as too slow before it gave a number.
 
 - VPPO against DAPO; VPPO against itself with a random mask of the same share; DAPO with the mask against DAPO; DAPO
   with the factor against DAPO.

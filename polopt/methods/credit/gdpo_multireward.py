@@ -69,7 +69,7 @@ class DecoupledZScore(Part):
         if self.batch == "token":
             return rollout.whiten(rollout.spread(valid))
         # The mean is 0 by construction; what rounding leaves of it would move what is exactly 0.
-        return total / (Rollout(rollout.lengths, torch.zeros_like(rollout.group)).group_std(valid) + self.eps)
+        return total / (rollout.as_one_group.group_std(valid) + self.eps)
 
 
 @part("reward", "conditioned")

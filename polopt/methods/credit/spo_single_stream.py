@@ -30,7 +30,6 @@ from polopt.core.part import Evaluate, Part, Stateful, part
 from polopt.core.policy import Request
 from polopt.core.registry import method
 from polopt.core.rollout import Rollout
-from polopt.core.segments import segment_mean, segment_std
 from polopt.methods.base.grpo import grpo
 from polopt.objectives.clipped_surrogate import ClippedSurrogate
 
@@ -128,11 +127,7 @@ class TrackedBaseline(Part):
     unit = "batch"
 
     def __call__(self, rollout: Rollout) -> Float[Tensor, " trajectory"]:
-        raw = rollout.trajectory_return - rollout["baseline"]
-        valid, batch = ~raw.isnan(), torch.zeros_like(rollout.group)
-        mean = segment_mean(raw, batch, 1, mask=valid)
-        spread = segment_std(raw, batch, 1, unbiased=True, mask=valid)
-        return torch.where(valid, (raw - mean) / (spread + self.eps), 0.0)
+        return rollout.as_one_group.group_zscore(rollout.trajectory_return - rollout["baseline"], eps=self.eps)
 
 
 spo = method(

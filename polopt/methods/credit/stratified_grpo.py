@@ -26,7 +26,6 @@ from polopt.core.registry import method
 from polopt.core.rollout import Rollout
 from polopt.core.segments import segment_max
 from polopt.methods.base.grpo import grpo
-from polopt.rollouts.calculator import Calculator
 from polopt.rollouts.turns import Turns
 
 
@@ -75,6 +74,6 @@ stratified_grpo = method(
     grpo,
     seed="162",
     paper="arXiv:2510.06214",
-    rollout=Turns(environment=Calculator()),
+    rollout=Turns(environment="calculator"),
     advantage=Stratified(),
 )

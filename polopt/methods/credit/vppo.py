@@ -4,9 +4,9 @@ u_t = clip(log pi_old(o_t | corrupted prompt, o_<t) - log pi_old(o_t | prompt, o
 S_t = clip(e^u_t - u_t - 1, 0, 10), how much step t depends on what was seen: E_{o ~ pi}[e^u - u - 1] = KL;
 x_i = mean_t S_t of response i, scaled to [0, 1] over the batch;  f_i = b + x_i (b_max - b), b_max such that mean f = 1;
 A_i = f_i (r_i - mean_g) / (std_g + 1e-6);  M_t = 1 on the ceil(p n) steps of a response with the largest S, else 0;
-L = (1/N) sum_t M_t c_t - (c_H / N) sum_t log pi_t, N all steps; c_t is the clipped surrogate (0.2, 0.28) with dual
-clip 3, and the last term is meant to lower the entropy, which it estimates (its gradient has expectation 0 where pi is
-pi_old: it makes what was sampled more likely). Groups that are all right or all wrong are dropped.
+L = (1/N) sum_t M_t c_t - (c_H / N) sum_t log pi_t, N all steps.
+Here c_t is the clipped surrogate (0.2, 0.28) with dual clip 3. The last term is meant to lower the entropy, which it
+estimates (its gradient has expectation 0 where pi is pi_old). Groups that are all right or all wrong are dropped.
 
 All as in the authors' code (huaixuheqing/VPPO-RL), p = 0.4, b = 0.9 and c_H = 0.06 as in its scripts; the paper has a
 KL over all tokens for S. There the range of x is that of a device's minibatch and the mean that of a microbatch; here

@@ -146,8 +146,9 @@ class ExactPolicy:
         counts = torch.tensor([request.count for request in requests], dtype=torch.int64)
         if not int(counts.sum()):
             raise UsageError("nothing to sample: no request asks for a trajectory")
-        if sampling.stop:
-            raise UsageError(f"an exact policy writes no text that could end at {sampling.stop[0]!r}; give stop_ids")
+        # Its texts are numbers with blanks between: what has another character is never written.
+        if strings := [text for text in sampling.stop if not set(text) - set("0123456789 ")]:
+            raise UsageError(f"an exact policy does not look for strings such as {strings[0]!r}; give stop_ids")
         for request in requests:
             if request.prompt is not None and request.prompt != request.example.prompt:
                 raise UsageError(
