@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
+
+import numpy as np
 
 from polopt.compare.execute import final_score
 from polopt.compare.report import Curve, Entry, Report
@@ -13,6 +16,7 @@ from polopt.compare.statistics import mean_score
 
 COLOURS: Final = (
     *("#1f6fb4", "#d9741a", "#2e8b57", "#9b4f96", "#c43d4b", "#7a6a58", "#17a2a2", "#c2a000", "#5b6ee1", "#8a8f98"),
+    *("#e58fb1", "#5d8c1d", "#12355b", "#b5651d", "#7fc4e8", "#4d1f4a"),
 )
 _INK, _GRID, _GREY = "#444444", "#e6e8eb", "#8a8f98"
 _UNITS: Final = 6
@@ -41,10 +45,17 @@ def plot_report(report: Report, title: str, path: Path) -> None:
     stale_columns = min(len(places), 3)
     stale_rows = math.ceil(len(places) / 3)
     rows = stale_rows + score_rows + 1
-    figure = Figure(figsize=(13.5, 4.1 * rows + 0.9), dpi=120, layout="constrained")
+    # Room for what is written: a name at the end of each line, a row for each difference.
+    differences = (len(report.entries) - 1) * (len(worlds) + 1.6 if len(worlds) > 1 else 1)
+    heights = [
+        *[max(4.1, 0.35 + 0.31 * len(report.entries))] * stale_rows,
+        *[4.1] * score_rows,
+        max(4.1, 0.19 * differences),
+    ]
+    figure = Figure(figsize=(13.5, sum(heights) + 0.9), dpi=120, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.12)  # type: ignore[union-attr, call-arg]
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(rows, _UNITS)
+    grid = figure.add_gridspec(rows, _UNITS, height_ratios=heights)
     colour = colour_of(report)
 
     def panel(row: int, start: int, width: int) -> Any:
@@ -117,9 +128,14 @@ def _places(report: Report) -> list[str]:
 
 
 def _staleness(axis: Any, report: Report, place: str, colour: dict[str, str]) -> None:
-    """Final score against the staleness, one position for each number of updates."""
+    """Final score against the staleness, one position for each number of updates; where at least half of the runs
+    collapsed, a cross.
+    """
     worlds = sorted((w for w in report.comparison.plan.worlds if w.place == place), key=lambda w: w.stale)
     _dress(axis, f"Final score against staleness: {place}")
+    before = sum(report.before[world.label] for world in worlds) / len(worlds)
+    axis.axhline(before, color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
+    axis.annotate("before training", (0, before), (0, 3), textcoords="offset points", fontsize=8, color=_INK)
     for entry in report.entries:
         shade = colour[entry.contender.label]
         values = [entry.by_world[world.label] for world in worlds]
@@ -127,8 +143,42 @@ def _staleness(axis: Any, report: Report, place: str, colour: dict[str, str]) ->
         axis.fill_between(
             range(len(worlds)), [v.low for v in values], [v.high for v in values], color=shade, alpha=0.13, linewidth=0
         )
+        lost = [i for i, w in enumerate(worlds) if 2 * entry.collapsed[w.label] >= report.comparison.plan.seeds]
+        axis.plot(lost, [values[i].mean for i in lost], "X", color=shade, markersize=12, markeredgecolor="white")
     axis.set_xticks(range(len(worlds)), [str(world.stale) for world in worlds])
-    axis.set_xlabel("updates between sampling and learning", fontsize=9, color=_INK)
+    axis.set_xlabel(
+        "updates between sampling and learning; a cross: half of the runs or more lost most of what they had gained",
+        fontsize=9,
+        color=_INK,
+    )
+    last = worlds[-1].label
+    axis.set_xlim(-0.12, len(worlds) - 1 + 0.13 * len(worlds))
+    low, high = axis.get_ylim()
+    ends = [(entry.by_world[last].mean - low) / (high - low) for entry in report.entries]
+    for entry, end, height in zip(report.entries, ends, apart(ends, 0.92 / max(len(ends), 12)), strict=True):
+        shade = colour[entry.contender.label]
+        axis.annotate(
+            _short(entry.contender.label, 22),
+            (len(worlds) - 1, low + end * (high - low)),
+            (len(worlds) - 1 + 0.02 * len(worlds), low + height * (high - low)),
+            color=shade,
+            fontsize=9,
+            fontweight="bold",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": shade, "linewidth": 0.7, "shrinkB": 3, "relpos": (0, 0.5)},
+        )
+
+
+def apart(places: Sequence[float], gap: float) -> list[float]:
+    """The nearest places (in squares) that lie ``gap`` apart in the same order, within [0, 1] if they fit."""
+    optimize: Any = importlib.import_module("scipy.optimize")
+    order = np.argsort(places, kind="stable")
+    steps = gap * np.arange(len(places))
+    # Distances of at least the gap are no distances below 0 once the gaps are taken away.
+    nearest = optimize.isotonic_regression(np.asarray(places)[order] - steps).x
+    found = np.empty(len(places))
+    found[order] = np.clip(nearest, 0.0, max(0.0, 1 - steps[-1])) + steps
+    return found.tolist()
 
 
 def _differences(axis: Any, report: Report, colour: dict[str, str]) -> None:
@@ -163,7 +213,7 @@ def _differences(axis: Any, report: Report, colour: dict[str, str]) -> None:
         height -= 0.6 if several else 0.0
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)
-    axis.margins(x=0.04, y=0.1)
+    axis.margins(x=0.04, y=min(0.1, -1.0 / height))
     if several:
         left, right = axis.get_xlim()
         axis.set_xlim(left - 0.42 * (right - left), right)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from polopt.compare.figure import colour_of
-from polopt.compare.report import Entry, Report
+from polopt.compare.report import LEAST_GAIN, Entry, Report
 from polopt.compare.words import cost, edges, headline, interval, number, signed, target_text, title_of, verdict_text
 
 _STYLE: Final = """
@@ -172,6 +172,8 @@ def _worlds(report: Report) -> str:
         cells: list[Cell] = []
         for world in worlds:
             score = number(entry.by_world[world].mean)
+            if entry.collapsed[world]:
+                score += f' <span class="worse">{entry.collapsed[world]} collapsed</span>'
             if entry.versus is None:
                 cells.append((score, "n"))
             else:
@@ -179,7 +181,11 @@ def _worlds(report: Report) -> str:
                 shown = f"{signed(difference.mean)} {interval(difference)}"
                 cells.append((f'{score}<span class="range">{escape(shown)}</span>', "n"))
         rows.append([_name(report, entry), *cells])
-    return "<h2>World by world</h2>" + _table(head, rows)
+    note = (
+        "Final score, and below it the difference to the first contender. A run has collapsed where it ended without "
+        f"half of what it had gained at its best ({LEAST_GAIN:g} at least) over the initial policy."
+    )
+    return "<h2>World by world</h2>" + _table(head, rows) + f'<p class="note">{note}</p>'
 
 
 def _trials(report: Report) -> str:

@@ -31,6 +31,8 @@ FEWEST: Final = 3
 """Seeds below which no difference is called: two differences of scores on few prompts may be equal by chance, which
 leaves an interval without width.
 """
+LEAST_GAIN: Final = 0.05
+"""What a run must have gained to be able to lose it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Entry:
 
     ``entropy`` (nats per token) and ``length`` (tokens) are held-out ones at the end, ``area`` is the mean height of
     the held-out curve over the budget, ``step_seconds`` the median of an iteration. ``spent`` are means per run.
-    ``versus`` is None for the first contender.
+    ``collapsed`` is the number of runs in each world that `has_collapsed`. ``versus`` is None for the first contender.
     """
 
     contender: Contender
@@ -93,6 +95,7 @@ class Entry:
     iqm: Interval
     area: Interval
     by_world: Mapping[str, Interval]
+    collapsed: Mapping[str, int]
     to_target: ToTarget
     entropy: float
     length: float
@@ -183,6 +186,7 @@ def _entry(
         iqm=iqm_score(scores, level),
         area=mean_score(areas, level),
         by_world={w.label: mean_score([x], level) for w, x in zip(plan.worlds, scores, strict=True)},
+        collapsed={label: sum(map(has_collapsed, results)) for label, results in by_world.items()},
         to_target=ToTarget(target, statistics.median(reached), sum(map(math.isfinite, reached)), len(reached)),
         entropy=_average(by_world, "entropy"),
         length=_average(by_world, "length"),
@@ -202,6 +206,13 @@ def parts_of(method: Method) -> dict[str, str]:
         else describe(value)
         for slot, value in method.slots().items()
     }
+
+
+def has_collapsed(result: Result) -> bool:
+    """Whether a run ended without half of what it had gained at its best, `LEAST_GAIN` at least, over its start."""
+    first, *scores = (float(point["score"]) for point in result["points"])
+    gain = max(scores, default=first) - first
+    return gain >= LEAST_GAIN and scores[-1] - first < gain / 2
 
 
 def curve(results: Sequence[Result], name: str, level: float) -> Curve:

@@ -49,7 +49,12 @@ def title_of(report: Report) -> str:
     """Who was compared where."""
     labels = [entry.contender.label for entry in report.entries]
     who = ", ".join(labels) if len(labels) <= 4 else f"{len(labels)} methods"
-    where = ", ".join(w.label for w in report.comparison.plan.worlds)
+    ages: dict[str, list[str]] = {}
+    for world in report.comparison.plan.worlds:
+        ages.setdefault(world.place, []).append(str(world.stale))
+    where = ", ".join(
+        place if stale == ["0"] else f"{place} {' / '.join(stale)} updates stale" for place, stale in ages.items()
+    )
     return f"{who} on {where}: {budget(report)}, {seeds(report)}"
 
 

@@ -418,6 +418,11 @@ class Rollout:
         """Mean over the trainable steps of each trajectory; 0 where there are none."""
         return segments.segment_mean(values, self.trajectory, self.n_trajectories, mask=self.mask)
 
+    def last_step(self, values: Float[Tensor, " step"]) -> Float[Tensor, " trajectory"]:
+        """The value at the last trainable step of each trajectory, 0 where no step is."""
+        last = segments.segment_is_last(self.trajectory, self.n_trajectories, mask=self.mask)
+        return self.sum_steps(torch.where(last, values, 0.0))
+
     def kept(self, values: Float[Tensor, " step"]) -> Float[Tensor, " step"]:
         """Values with 0 at the steps that do not train, whatever stood there."""
         return values if self.trains_whole else torch.where(self.mask, values, torch.zeros_like(values))

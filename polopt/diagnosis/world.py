@@ -15,7 +15,7 @@ from polopt.core.errors import UsageError
 from polopt.core.loss import Evaluation
 from polopt.core.method import Method
 from polopt.core.part import declared, flatten, settings
-from polopt.core.policy import START, of_critic, pattern
+from polopt.core.policy import MASKED, START, of_critic, pattern
 from polopt.core.rollout import Counts, MissingColumn, Rollout
 from polopt.diagnosis.draws import Draws
 from polopt.policies.exact import ExactPolicy, SequencePayload
@@ -40,8 +40,9 @@ class World:
 
     def __post_init__(self) -> None:
         named = {f"reward/{name}" for name in self.problem.rewards}
-        known = self.policy().columns | self._values | {START}
-        # Groups are enumerated here, whatever the method's rollout part does: what that adds is not there.
+        # Groups are enumerated here, whatever the method's rollout part does: what that adds is not there, nor what
+        # depends on it.
+        known = (self.policy().columns | self._values | {START}) - MASKED
         (self.method | {"rollout": None}).check(_SAMPLED | known | named | {"turn"})
         for name in sorted(name for name in self.method.evaluates if pattern(name) not in known):
             raise UsageError(

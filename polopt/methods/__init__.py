@@ -24,6 +24,7 @@ PARTS = (
     "rewards",
     "rollouts",
     "updates",
+    "weights",
 )
 """The rooms of parts that three or more methods share."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -20,9 +21,22 @@ def log_ratio(evaluation: Evaluation, rollout: Rollout) -> Float[Tensor, " step"
 def clip_metrics(
     ratio: Float[Tensor, " step"], advantage: Float[Tensor, " step"], low: float, high: float, rollout: Rollout
 ) -> dict[str, Tensor]:
-    """`clip_shares` of a ratio outside [1 - low, 1 + high] on the side to which its advantage pushes it."""
-    cut = ((ratio < 1 - low) & (advantage < 0)) | ((ratio > 1 + high) & (advantage > 0))
-    return clip_shares(cut, advantage, rollout)
+    """`clip_shares` of a ratio that is `outside`."""
+    return clip_shares(outside(ratio, advantage, low, high), advantage, rollout)
+
+
+def outside(
+    ratio: Float[Tensor, " step"], advantage: Float[Tensor, " step"], low: float, high: float
+) -> Bool[Tensor, " step"]:
+    """Where a ratio has left [1 - low, 1 + high] on the side to which its advantage pushes it."""
+    return ((ratio < 1 - low) & (advantage < 0)) | ((ratio > 1 + high) & (advantage > 0))
+
+
+def clip_by_sign(
+    ratio: Float[Tensor, " step"], sign: Float[Tensor, " step"], plus: tuple[float, float], minus: tuple[float, float]
+) -> Float[Tensor, " step"]:
+    """The ratio within the bounds ``plus`` where ``sign`` >= 0, within ``minus`` where it is negative."""
+    return torch.where(sign >= 0, ratio.clamp(*plus), ratio.clamp(*minus))
 
 
 def clip_shares(cut: Bool[Tensor, " step"], advantage: Float[Tensor, " step"], rollout: Rollout) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from polopt.core.example import Example
 from polopt.core.method import Method
 from polopt.core.part import declared
-from polopt.core.policy import START, Policy, pattern
+from polopt.core.policy import MASKED, START, Policy, pattern
 from polopt.core.rollout import Rollout, Source
 from polopt.rewards.reward import InvalidReward
 from polopt.rewards.scoring import Scorer
@@ -139,7 +139,7 @@ class Collector:
         if batch is not None and batch.n_groups > full:
             batch = batch.select(batch.group < full)
         if batch is not None and "logp" in method.needs and not self.policy.exact_sampler:
-            batch = self._recomputed(batch)
+            batch = self._recomputed(method, batch)
         return Collected(batch, Rollout.concat(drawn), tuple(invalid))
 
     def _sample(
@@ -160,14 +160,15 @@ class Collector:
         missing = frozenset(name for name in needs if name not in rollout and provides(self.policy, name))
         return evaluate_columns(self.policy, rollout, missing, self.token_budget, self.profiler)
 
-    def _recomputed(self, rollout: Rollout) -> Rollout:
-        """With the learner's own log-probs as ``logp``, the sampler's kept as ``logp/sampler``.
+    def _recomputed(self, method: Method, rollout: Rollout) -> Rollout:
+        """With the learner's own log-probs as ``logp``, the sampler's kept as ``logp/sampler``; and `MASKED` likewise.
 
         In half precision the two differ by more than the trust regions of some objectives; a ratio must start at 1.
         What is replayed was sampled by other weights, and keeps their log-probs.
         """
         sampled = rollout["logp"]
-        again = evaluate_columns(self.policy, rollout, frozenset({"logp"}), self.token_budget, self.profiler)
+        names = frozenset({"logp"}) | (MASKED & method.needs)
+        again = evaluate_columns(self.policy, rollout, names, self.token_budget, self.profiler)
         replayed = rollout.spread(rollout["source"] == Source.REPLAY)
         return again.with_columns(step={"logp": torch.where(replayed, sampled, again.logp), "logp/sampler": sampled})
 

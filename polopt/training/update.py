@@ -130,9 +130,7 @@ class BatchStep:
         return float((torch.expm1(gap) - gap).mean()) if gap.numel() else 0.0
 
     def _present_logp(self) -> Float[Tensor, " step"]:
-        return evaluate_columns(
-            self.policy, self.batch, frozenset({"logp"}), self.token_budget, self.profiler
-        ).logp
+        return evaluate_columns(self.policy, self.batch, frozenset({"logp"}), self.token_budget, self.profiler).logp
 
     def apply(self, scale: float = 1.0) -> None:
         """Step along ``.grad``, at ``scale`` times the learning rate, and count the version up."""

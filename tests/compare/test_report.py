@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -8,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
-from polopt.compare.figure import plot_report
+from polopt.compare import figure
+from polopt.compare.figure import apart, plot_report
 from polopt.compare.leaderboard import PROBLEMS, TASKS, fitting, make_page, ordered
 from polopt.compare.page import write_page
-from polopt.compare.report import Report, as_dict, curve, make_report
+from polopt.compare.plan import make_worlds
+from polopt.compare.report import Report, as_dict, curve, has_collapsed, make_report
 from polopt.compare.words import duration, edges, headline, lines, title_of
 from polopt.methods import methods
 from tests.compare.worlds import comparison, exact_plan, result
@@ -173,3 +177,61 @@ def test_every_method_that_can_be_compared_is_on_the_leaderboard() -> None:
     fit, others = fitting()
     assert set(fit) | set(others) == set(methods()) and "grpo" in fit
     assert len(TASKS) == 3 and len(PROBLEMS) >= 3
+
+
+# --- staleness --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scores", "collapsed"),
+    [
+        ((0.2, 0.8, 0.49), True),
+        ((0.2, 0.8, 0.51), False),
+        ((0.2, 0.8, 0.1), True),
+        ((0.2, 0.24, 0.1), False),  # nothing to lose
+        ((0.2, 0.1, 0.0), False),
+        ((0.2, 0.5, 0.9), False),
+        ((0.2,), False),
+    ],
+)
+def test_a_run_collapsed_where_it_lost_half_of_its_gain(scores: tuple[float, ...], collapsed: bool) -> None:
+    assert has_collapsed(result(scores, range(len(scores)))) is collapsed
+
+
+def test_the_staleness_figure_shows_every_method_and_who_collapsed(tmp_path: Path) -> None:
+    plan = dataclasses.replace(
+        exact_plan("grpo", "gspo", seeds=2),
+        worlds=make_worlds((), ("sparse-rewards",), None, stale=(0, 4, 16)),
+    )
+    made = comparison(plan, {"grpo": (0.6, 0.7), "gspo": (0.8, 0.9)})
+    fallen = [result((0.2, 0.7, 0.3), (0, 64, 128)), result((0.2, 0.8, 0.9), (0, 64, 128))]
+    made = dataclasses.replace(made, results={**made.results, ("grpo", "sparse-rewards stale 16"): fallen})
+    report = make_report(made)
+    grpo, gspo = report.entries
+    assert list(grpo.collapsed.values()) == [0, 0, 1] and list(gspo.collapsed.values()) == [0, 0, 0]
+    assert title_of(report).startswith("grpo, gspo on sparse-rewards 0 / 4 / 16 updates stale: ")
+
+    axis = Figure().add_subplot()
+    figure._staleness(axis, report, "sparse-rewards", figure.colour_of(report))
+    assert [text.get_text() for text in axis.texts] == ["before training", "grpo", "gspo"]
+    courses = [list(line.get_ydata()) for line in axis.lines if line.get_marker() == "o"]
+    assert courses == [pytest.approx([0.65, 0.65, 0.6]), pytest.approx([0.85, 0.85, 0.85])]
+    crosses = [(list(x.get_xdata()), list(x.get_ydata())) for x in axis.lines if x.get_marker() == "X"]
+    assert crosses == [([2], [pytest.approx(0.6)]), ([], [])]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "4", "16"]
+
+    plot_report(report, title_of(report), tmp_path / "stale.png")
+    write_page(report, tmp_path / "page.html", figure=tmp_path / "stale.png", command="", settings={}, made={})
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("1 collapsed") == 1
+
+
+def test_names_beside_lines_keep_apart() -> None:
+    assert apart([0.5, 0.1, 0.9], 0.2) == pytest.approx([0.5, 0.1, 0.9])
+    assert apart([0.5, 0.45, 0.55], 0.1) == pytest.approx([0.5, 0.4, 0.6])
+    assert apart([1.0, 0.99], 0.2) == pytest.approx([1.0, 0.8])
+    assert apart([0.0, 0.0], 0.3) == pytest.approx([0.0, 0.3])
+
+
+def test_every_contender_has_a_colour_of_its_own() -> None:
+    assert len(set(figure.COLOURS)) == len(figure.COLOURS) >= 16

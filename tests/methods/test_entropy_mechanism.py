@@ -13,8 +13,8 @@ from torch import Tensor
 from polopt.core.registry import find_part
 from polopt.core.rollout import Rollout
 from polopt.methods.base.dapo import DynamicSampling
-from polopt.methods.trust_region import entropy_mechanism as module
-from polopt.methods.trust_region.entropy_mechanism import ClipCov, KLCov, covariance, entropy_mechanism, lottery
+from polopt.methods.trust_region.entropy_mechanism import ClipCov, KLCov, covariance, entropy_mechanism
+from polopt.objectives import selection
 from polopt.objectives.clipped_surrogate import ClippedSurrogate
 from tests.support import close, f64, now, same, value_and_gradient, with_advantage, worked
 
@@ -66,7 +66,7 @@ def test_worked_example_of_kl_cov() -> None:
 def test_worked_example_of_clip_cov(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = {0: 0, 2: 0, 4: 0}
     for winner in draws:
-        monkeypatch.setattr(module, "lottery", lambda _, winner=winner: -(torch.arange(10) == winner).long())
+        monkeypatch.setattr(selection, "lottery", lambda _, winner=winner: -(torch.arange(10) == winner).long())
         loss, gradient = slopes(ClipCov(share=0.1, lower=0.3))
         expected = list(PLAIN)
         expected[winner] = 0.0
@@ -74,7 +74,7 @@ def test_worked_example_of_clip_cov(monkeypatch: pytest.MonkeyPatch) -> None:
         if winner == 2:
             close(loss, -0.0168790987, digits=10)
     # Steps outside the bounds are never drawn, even where they would win.
-    monkeypatch.setattr(module, "lottery", lambda rollout: -(torch.arange(10) == 5).long())
+    monkeypatch.setattr(selection, "lottery", lambda rollout: -(torch.arange(10) == 5).long())
     assert selected(ClipCov(share=0.1, lower=0.3))[0] in draws
 
 
@@ -179,38 +179,6 @@ def test_a_step_left_out_changes_no_other() -> None:
     (silent,) = selected(ClipCov(share=0.1, lower=0.3))
     others = torch.arange(10) != silent
     assert torch.equal(gradient[others], plain[others]) and gradient[silent] == 0
-
-
-# --- the draw ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_draw_does_not_depend_on_order_or_on_pieces() -> None:
-    rollout, _ = random_batch(50, 0)
-    order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
-    drawn = lottery(rollout)
-    assert torch.equal(lottery(rollout.select(order)), drawn[order])
-    assert torch.equal(lottery(rollout.piece(torch.arange(20, 30))), drawn[20:30])
-    longer = worked()
-    assert torch.equal(lottery(with_advantage(longer, ADVANTAGE))[3:5], lottery(CARD.select(torch.tensor([1])))[:2])
-
-
-def test_equal_log_probs_at_different_places_draw_apart() -> None:
-    same_everywhere = {"logp": f64([-0.5] * 10), "advantage": f64([1.0] * 10)}
-    one = Rollout.from_arrays([0] * 10, [0], step=same_everywhere)
-    assert len(set(lottery(one).tolist())) == 10
-
-
-def test_the_draw_is_uniform() -> None:
-    """Which third of eight candidates is drawn, over 2000 batches: chi square with 7 degrees of freedom."""
-    counts = np.zeros(8)
-    ranks = np.zeros(8)
-    for seed in range(2000):
-        rollout, _ = random_batch(8, seed)
-        first = int(lottery(rollout).argmin())
-        counts[first] += 1
-        ranks[int((rollout.logp < rollout.logp[first]).sum())] += 1
-    for found in (counts, ranks):
-        assert ((found - 250) ** 2 / 250).sum() < 24.3, "p below 0.001"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

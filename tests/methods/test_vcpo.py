@@ -17,15 +17,11 @@ from polopt.claims.exact import batch, credited, gradient, start
 from polopt.core.rollout import Rollout
 from polopt.methods.base.reinforce import PolicyGradient
 from polopt.methods.credit.oblr_po import ScoreWeighted
-from polopt.methods.trust_region.vcpo import (
-    EffectiveSampleSize,
-    OffPolicyBaseline,
-    TruncatedSequence,
-    log_weight,
-    vcpo,
-)
+from polopt.methods.trust_region.vcpo import OffPolicyBaseline, vcpo
 from polopt.policies.exact import SequenceSpace
 from polopt.tasks.problems import problem
+from polopt.updates.effective_sample_size import EffectiveSampleSize
+from polopt.weights.truncated_sequence import TruncatedSequence, log_weight
 from tests.methods.enumeration import Floats, softmax
 from tests.support import OLD, close, f64, now, same, value_and_gradient, worked
 

@@ -133,7 +133,7 @@ def same_gradients(found: Sequence[Tensor], expected: Sequence[Tensor], rel: flo
 
 
 def plain_evaluation(policy: CausalLM, batch: Rollout) -> Evaluation:
-    """``logp``, ``entropy``, ``value`` by one padded forward pass of the Hugging Face model, for all rows at once."""
+    """``logp``, ``entropy``, values by one padded forward pass of the Hugging Face model, for all rows at once."""
     payload = batch.payload
     assert isinstance(payload, TokenPayload)
     prompts = [payload.prompts[i] for i in payload.prompt_of.tolist()]
@@ -154,7 +154,9 @@ def plain_evaluation(policy: CausalLM, batch: Rollout) -> Evaluation:
         inside = (probabilities.exp() * torch.from_numpy(bits)).sum(-1)
         columns["masked_logp"] = columns["logp"] - inside.log()
     if policy.critic is not None:
-        columns["value"] = policy.critic(out.hidden_states[-1][row, time - 1])
+        hidden = out.hidden_states[-1][row, time - 1]
+        heads = {f"value/{k}": policy.critic(hidden, k) for k in range(1, policy.critic.heads + 1)}
+        columns |= heads | {"value": heads["value/1"]}
     return Evaluation(columns)
 
 

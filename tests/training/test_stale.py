@@ -20,6 +20,7 @@ from polopt.core.rollout import Rollout
 from polopt.methods import get_method
 from polopt.tasks.problems import problem
 from polopt.training.budget import Budget
+from polopt.training.build import check_needs
 from polopt.training.checkpoint import latest_checkpoint
 from polopt.training.collect import Collected
 from polopt.training.config import RunConfig
@@ -27,7 +28,17 @@ from polopt.training.profile import Profiler
 from polopt.training.run import train
 from polopt.training.update import evaluate_columns
 from tests.support import f64, same
-from tests.training.conftest import CountingPolicy, collected, make_step, make_tiny, make_trainer, nudge, short
+from tests.training.conftest import (
+    EVEN,
+    CountingPolicy,
+    collected,
+    make_collector,
+    make_step,
+    make_tiny,
+    make_trainer,
+    nudge,
+    short,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +102,24 @@ def test_a_stale_batch_is_the_one_that_the_older_policy_sampled() -> None:
     with torch.no_grad():
         run.policy.logits.copy_(live)
     assert not torch.equal(logits[0], logits[2])
+
+
+def test_masked_log_probs_of_half_precision_are_those_of_sampling(policy: CountingPolicy) -> None:
+    """The learner's own, under the weights that sampled: as old as the batch, or its ratio would be 1 at any age."""
+    policy.dtype = torch.bfloat16
+    method, generator = short("nlpo"), torch.Generator().manual_seed(0)
+    check_needs(method, policy, (EVEN,))
+    collector = make_collector(policy, stale=1)
+    collector(method, generator)
+    waiting = collector.in_flight[0].kept
+    assert waiting is not None
+    nothing = Profiler(enabled=False)
+    then = evaluate_columns(policy, waiting, frozenset({"masked_logp"}), 10_000, nothing)["masked_logp"]
+    nudge(policy)
+    batch = collector(method, generator).kept
+    assert batch is not None and torch.equal(batch["masked_logp"], then)
+    now = evaluate_columns(policy, batch, frozenset({"masked_logp"}), 10_000, nothing)["masked_logp"]
+    assert float((now - then).abs().max()) > 0.01
 
 
 def test_batches_come_in_the_order_of_sampling_and_none_is_lost() -> None:
@@ -281,7 +310,8 @@ def test_the_figure_shows_the_score_against_staleness(tmp_path: Path, monkeypatc
     figure.plot_report(make_report(comparison), "title", tmp_path / "a.png")
     axis = drawn["Final score against staleness: multi-step"]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "4"]
-    for line, contender in zip(axis.lines, contenders, strict=True):
+    courses = [line for line in axis.lines if line.get_marker() == "o"]
+    for line, contender in zip(courses, contenders, strict=True):
         expected = [
             sum(map(final_score, comparison.results[contender.label, f"multi-step stale {k}"])) / 2 for k in (0, 4)
         ]

@@ -99,9 +99,10 @@ def training(seed: int, quick: bool) -> Mapping[str, float]:
     """Reward at the end, whether the run collapsed, share of rejected tokens, of every arm."""
     found: dict[str, float] = {}
     share = 0.0
+    tested = "capo"
     arms = {
         "grpo": grpo,
-        "capo": testing("adam"),
+        tested: testing("adam"),
         "sgd model": testing("sgd"),
         "random": grpo,
         "kl 0.1": grpo | {"regularizer": KL(beta=0.1)},
@@ -111,7 +112,7 @@ def training(seed: int, quick: bool) -> Mapping[str, float]:
         if name == "random":
             method = method | {"weight": RandomMask(share, seed)}
         reward, rejected = trained(method, seed, quick)
-        share = rejected if name == "capo" else share
+        share = rejected if name == tested else share
         found |= {name: reward, f"{name}/collapsed": float(reward < LOW), f"{name}/rejected": rejected}
     found["limit"] = 0.1
     return found

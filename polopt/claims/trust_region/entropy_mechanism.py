@@ -33,8 +33,9 @@ from polopt.claims.exact import batch, credited, iterations_until, start, with_u
 from polopt.core.loss import Evaluation, Loss, per_step
 from polopt.core.rollout import Rollout
 from polopt.methods.base.grpo import grpo
-from polopt.methods.trust_region.entropy_mechanism import ClipCov, KLCov, chosen, covariance
+from polopt.methods.trust_region.entropy_mechanism import ClipCov, KLCov, covariance
 from polopt.objectives.ratio import log_ratio
+from polopt.objectives.selection import chosen
 from polopt.policies.exact import SequenceSpace
 from polopt.tasks.problems import problem
 
@@ -49,7 +50,7 @@ class RandomKL(KLCov):
 
     def __call__(self, evaluation: Evaluation, rollout: Rollout) -> Loss:
         gap = log_ratio(evaluation, rollout)
-        held = chosen(rollout.mask, self.share, rollout, torch.zeros_like(gap))
+        held = chosen(rollout, rollout.mask, self.share)
         return per_step(-rollout.advantage * gap.exp() + self.beta * torch.where(held, gap.abs(), 0.0))
 
 
@@ -93,7 +94,7 @@ def training(seed: int, quick: bool) -> Mapping[str, float]:
         run = start(made, method, seed=seed, group=GROUP, optimizer="sgd")
         rewards, entropies, products = [run.reward], [run.entropy], []
         for index in range(3 if quick else ROLLOUTS):
-            if name == "grpo":
+            if method is BASE:
                 fresh = batch(made, run.policy, seed=1000 * seed + index, sizes=[64])
                 fresh = credited(BASE, run.policy, fresh)
                 products.append(float(covariance(Evaluation({"logp": fresh.logp}), fresh).mean()))
@@ -102,7 +103,7 @@ def training(seed: int, quick: bool) -> Mapping[str, float]:
             entropies.append(run.entropy)
         bends = torch.tensor(entropies, dtype=torch.float64).diff().diff().abs()
         found |= {f"{name}/reward": rewards[-1], f"{name}/roughness": float(bends.mean())}
-        if name == "grpo":
+        if method is BASE:
             bound = torch.tensor([[h / SPACE.length, r] for h, r in zip(entropies, rewards, strict=True)]).double()
             correlation = torch.corrcoef(torch.stack([bound[:, 0].exp(), bound[:, 1]]))[0, 1]
             found |= {"fit": float(correlation.square()), "covariance": sum(products) / len(products)}

@@ -31,9 +31,10 @@ from polopt.claims.claim import Claim
 from polopt.claims.exact import batch, credited, gradient, spread, start
 from polopt.core.method import Method
 from polopt.methods.base.grpo import grpo
-from polopt.methods.trust_region.vcpo import EffectiveSampleSize, vcpo
+from polopt.methods.trust_region.vcpo import vcpo
 from polopt.policies.exact import SequenceSpace, policy_gradient
 from polopt.tasks.problems import problem
+from polopt.updates.effective_sample_size import EffectiveSampleSize
 
 SPACE = SequenceSpace(5, 4)
 PROMPTS, GROUP, RATE = 8, 8, 0.25

@@ -19,7 +19,7 @@ from polopt.core.loss import Evaluation, Loss, per_step
 from polopt.core.method import Schedule
 from polopt.core.part import Part, part
 from polopt.core.registry import method
-from polopt.core.rollout import Rollout
+from polopt.core.rollout import Rollout, Unit
 from polopt.core.segments import segment_is_last, segment_reverse_scan, segment_shift
 from polopt.methods.base.reinforce import reinforce
 from polopt.objectives.clipped_surrogate import ClippedSurrogate
@@ -43,7 +43,10 @@ class GAE(Part):
 
     needs = frozenset({"reward", "value"})
     gives = frozenset({"return"})
-    unit = "batch"
+
+    @property
+    def unit(self) -> Unit:  # type: ignore[override]
+        return "batch" if self.whiten else "step"
 
     def __call__(self, rollout: Rollout) -> dict[str, Tensor]:
         trajectory, count, mask = rollout.trajectory, rollout.n_trajectories, rollout.mask

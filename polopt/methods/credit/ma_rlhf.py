@@ -25,7 +25,7 @@ from polopt.advantages.macro import MacroActions, Pool, shares
 from polopt.core.method import Schedule
 from polopt.core.part import part
 from polopt.core.registry import method
-from polopt.core.rollout import Rollout, Unit
+from polopt.core.rollout import Rollout
 from polopt.core.segments import segment_cumsum, segment_is_last, segment_sum
 from polopt.methods.base.ppo import GAE, ppo
 from polopt.rewards.shaping import ClipReward, KLPenalty
@@ -48,10 +48,6 @@ class MacroGAE(GAE, MacroActions):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return GAE.needs | self.columns
-
-    @property
-    def unit(self) -> Unit:  # type: ignore[override]
-        return "batch" if self.whiten else "step"
 
     def __call__(self, rollout: Rollout) -> dict[str, Tensor]:
         mask, value = rollout.mask, torch.where(rollout.mask, rollout["value"], 0.0)

@@ -22,8 +22,7 @@ from polopt.core.part import Part, part
 from polopt.core.registry import method
 from polopt.core.rollout import Rollout
 from polopt.methods.base.dapo import dapo
-from polopt.methods.trust_region.topr import clip_by_sign
-from polopt.objectives.ratio import log_ratio
+from polopt.objectives.ratio import clip_by_sign, log_ratio
 
 
 @part("objective", "decoupled-weight")

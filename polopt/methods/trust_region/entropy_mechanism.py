@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from polopt.aggregations import TokenMean
@@ -29,7 +29,8 @@ from polopt.core.rollout import Rollout
 from polopt.methods.base.dapo import DynamicSampling
 from polopt.methods.base.grpo import grpo
 from polopt.objectives.clipped_surrogate import ClippedSurrogate
-from polopt.objectives.ratio import log_ratio
+from polopt.objectives.ratio import log_ratio, outside
+from polopt.objectives.selection import chosen
 
 
 def covariance(evaluation: Evaluation, rollout: Rollout) -> Float[Tensor, " step"]:
@@ -37,29 +38,6 @@ def covariance(evaluation: Evaluation, rollout: Rollout) -> Float[Tensor, " step
     advantage, logp = rollout.advantage, evaluation.logp.detach()
     product = (advantage - rollout.batch_mean(advantage)) * (logp - rollout.batch_mean(logp))
     return torch.where(rollout.mask, product, 0.0)
-
-
-def lottery(rollout: Rollout) -> Int[Tensor, " step"]:
-    """A pseudo-random number per step: its log-prob when sampled, its advantage and its place, hashed (splitmix64).
-
-    A draw by it depends neither on the order of trajectories nor on how the batch is cut, and repeats in every epoch.
-    """
-    start = rollout.lengths.cumsum(0) - rollout.lengths
-    place = torch.arange(rollout.n_steps, device=rollout.device) - start[rollout.trajectory]
-    state = (rollout.logp.double() + 0.6180339887498949 * rollout.advantage.double() + place).view(torch.int64)
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
-        # A shift of int64 copies the sign; the mask makes it logical.
-        state = (state ^ ((state >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return state
-
-
-def chosen(candidates: Bool[Tensor, " step"], share: float, rollout: Rollout, by: Tensor) -> Bool[Tensor, " step"]:
-    """The max(1, floor(share N)) candidates of largest ``by``, ties by `lottery`; all where they are fewer."""
-    count = max(1, int(share * rollout.counts.steps))
-    places = candidates.nonzero().flatten()
-    places = places[lottery(rollout)[places].argsort(stable=True)]
-    places = places[by[places].argsort(descending=True, stable=True)][:count]
-    return torch.zeros_like(candidates).index_fill(0, places, True)
 
 
 @part("objective", "kl-cov")
@@ -78,7 +56,7 @@ class KLCov(Part):
 
     def __call__(self, evaluation: Evaluation, rollout: Rollout) -> Loss:
         cov, gap = covariance(evaluation, rollout), log_ratio(evaluation, rollout)
-        held = chosen(rollout.mask, self.share, rollout, cov)
+        held = chosen(rollout, rollout.mask, self.share, by=cov)
         loss = -rollout.advantage * gap.exp() + self.beta * torch.where(held, gap.abs(), 0.0)
         return per_step(loss, covariance=rollout.batch_mean(cov))
 
@@ -86,7 +64,7 @@ class KLCov(Part):
 @part("objective", "clip-cov")
 @dataclass(frozen=True)
 class ClipCov(ClippedSurrogate):
-    """The clipped surrogate without the steps that `lottery` draws; ``share`` is r. arXiv:2505.22617, section 4."""
+    """The clipped surrogate without the steps that are drawn; ``share`` is r. arXiv:2505.22617, section 4."""
 
     low: float = 1.0
     high: float = 1.0
@@ -97,11 +75,10 @@ class ClipCov(ClippedSurrogate):
     unit = "batch"
 
     def __call__(self, evaluation: Evaluation, rollout: Rollout) -> Loss:
-        cov, advantage = covariance(evaluation, rollout), rollout.advantage
-        ratio = log_ratio(evaluation, rollout).exp().detach()
-        dropped = ((advantage > 0) & (ratio > 1 + self.high)) | ((advantage < 0) & (ratio < 1 - self.low))
-        candidates = rollout.mask & ~dropped & (cov > self.lower) & (cov < self.upper)
-        silent = chosen(candidates, self.share, rollout, torch.zeros_like(cov))
+        cov, ratio = covariance(evaluation, rollout), log_ratio(evaluation, rollout).exp().detach()
+        candidates = rollout.mask & (cov > self.lower) & (cov < self.upper)
+        candidates &= ~outside(ratio, rollout.advantage, self.low, self.high)
+        silent = chosen(rollout, candidates, self.share)
         plain = super().__call__(evaluation, rollout)
         return per_step(torch.where(silent, 0.0, plain.value), **plain.metrics, covariance=rollout.batch_mean(cov))
 

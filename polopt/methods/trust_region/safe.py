@@ -15,7 +15,6 @@ before it. It moves tau and k in each of its 2 epochs; here they move as often, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,9 +31,9 @@ from polopt.core.method import Schedule
 from polopt.core.part import Part, Stateful, part
 from polopt.core.registry import method
 from polopt.core.rollout import Rollout
-from polopt.core.segments import segment_is_last
 from polopt.methods.base.ppo import ppo
 from polopt.objectives.clipped_surrogate import ClippedSurrogate
+from polopt.policies.values import soft_minimum
 from polopt.regularizers.entropy import Entropy
 from polopt.regularizers.gated_kl import EntropyGatedKL
 
@@ -43,10 +42,8 @@ HEADS = frozenset({"value/1", "value/2"})
 
 def response_value(columns: Any, rollout: Rollout, softness: float) -> Float[Tensor, " trajectory"]:
     """V of the last trainable step of each trajectory, 0 without one; ``columns`` have the two heads [N]."""
-    last = segment_is_last(rollout.trajectory, rollout.n_trajectories, mask=rollout.mask)
     heads = torch.stack([columns[name] for name in sorted(HEADS)])
-    value = -softness * ((-heads / softness).logsumexp(0) - math.log(2))
-    return rollout.sum_steps(torch.where(last, value, 0.0))
+    return rollout.last_step(soft_minimum(heads, softness))
 
 
 @part("advantage", "response-value")

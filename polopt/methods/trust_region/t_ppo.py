@@ -25,8 +25,7 @@ from torch import Tensor
 from polopt.core.method import Schedule
 from polopt.core.part import part
 from polopt.core.registry import method
-from polopt.core.rollout import Rollout, Unit
-from polopt.core.segments import segment_is_last
+from polopt.core.rollout import Rollout
 from polopt.methods.base.ppo import GAE, ClippedValueLoss, ppo
 from polopt.objectives.clipped_surrogate import ClippedSurrogate
 from polopt.rollouts.windows import Windows
@@ -46,13 +45,8 @@ class EGAE(GAE):
 
     needs = GAE.needs | {"unfinished", "mask/critic"}
 
-    @property
-    def unit(self) -> Unit:  # type: ignore[override]
-        return "batch" if self.whiten else "step"
-
     def __call__(self, rollout: Rollout) -> dict[str, Tensor]:
-        last = segment_is_last(rollout.trajectory, rollout.n_trajectories, mask=rollout.mask)
-        after = self.cut * rollout.sum_steps(torch.where(last, rollout["value"], 0.0))
+        after = self.cut * rollout.last_step(rollout["value"])
         # gamma V(s_l) enters delta_{l-1} as a reward does.
         goes_on = rollout["unfinished"].bool() & ~rollout.reward.isnan()
         reward = torch.where(goes_on, self.gamma * after, rollout.reward)

@@ -23,7 +23,7 @@ from polopt.core.part import Part, part
 from polopt.core.registry import method
 from polopt.core.rollout import Rollout
 from polopt.methods.base.grpo import grpo
-from polopt.objectives.ratio import MAX_LOG_RATIO
+from polopt.objectives.ratio import MAX_LOG_RATIO, clip_by_sign
 
 
 @part("advantage", "signed-reward")
@@ -40,13 +40,6 @@ class SignedReward(Part):
         given = rollout.trajectory_return
         signed = given if self.threshold is None else 2 * (given > self.threshold).to(given) - 1
         return torch.where(given.isnan(), 0.0, signed - self.baseline)
-
-
-def clip_by_sign(
-    ratio: Float[Tensor, " step"], sign: Float[Tensor, " step"], plus: tuple[float, float], minus: tuple[float, float]
-) -> Float[Tensor, " step"]:
-    """The ratio within the bounds ``plus`` where ``sign`` >= 0, within ``minus`` where it is negative."""
-    return torch.where(sign >= 0, ratio.clamp(*plus), ratio.clamp(*minus))
 
 
 @part("objective", "tapered-reinforce")

@@ -16,40 +16,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from polopt.aggregations import SequenceMean
-from polopt.core.part import Part, part
+from polopt.core.part import part
 from polopt.core.registry import method
 from polopt.core.rollout import Rollout
 from polopt.core.segments import segment_max
-from polopt.core.update import Step
 from polopt.methods.base.grpo import grpo
 from polopt.methods.base.reinforce import PolicyGradient
 from polopt.methods.credit.oblr_po import ScoreWeighted
-from polopt.updates.gradient_step import descend
-
-
-def log_weight(rollout: Rollout) -> Float[Tensor, " trajectory"]:
-    """log w_i, over the steps that train."""
-    return rollout.sum_steps(torch.where(rollout.mask, rollout["logp/start"] - rollout.logp, 0.0))
-
-
-@part("weight", "truncated-sequence")
-@dataclass(frozen=True)
-class TruncatedSequence(Part):
-    """min(w_i, ``cap``), [M]."""
-
-    cap: float = 8.0
-
-    needs = frozenset({"logp", "logp/start"})
-
-    def __call__(self, rollout: Rollout) -> Float[Tensor, " trajectory"]:
-        return log_weight(rollout).exp().clamp(max=self.cap)
+from polopt.updates.effective_sample_size import EffectiveSampleSize
+from polopt.weights.truncated_sequence import TruncatedSequence, log_weight
 
 
 @part("advantage", "off-policy-baseline")
@@ -78,28 +59,6 @@ class OffPolicyBaseline(ScoreWeighted):
     def __call__(self, rollout: Rollout) -> Float[Tensor, " trajectory"]:
         sigma = rollout.group_std(rollout.trajectory_return, unbiased=False)[rollout.group]
         return super().__call__(rollout) / torch.where(sigma > 1e-8, sigma, 1.0)
-
-
-@part("update", "effective-sample-size")
-@dataclass(frozen=True)
-class EffectiveSampleSize(Part):
-    """One optimizer step at min(1, ESS / ``on_policy``) times the learning rate, or the root of that, by ``rule``.
-
-    ``on_policy`` is the ESS of fresh data (the paper: 1, and 0.55 in tool use); M counts what can train. The gradient
-    is clipped to ``max_norm``. Logs ``update/ess`` and ``update/rate_share``.
-    """
-
-    on_policy: float = 1.0
-    rule: Literal["sqrt", "linear"] = "sqrt"
-    max_norm: float = 1.0
-
-    needs = frozenset({"logp", "logp/start"})
-
-    def __call__(self, step: Step) -> dict[str, float]:
-        log = log_weight(step.batch)[step.batch.active_lengths > 0].double()
-        ess = float((2 * log.logsumexp(0) - (2 * log).logsumexp(0)).exp()) / len(log) if len(log) else 1.0
-        share = min(1.0, ess / self.on_policy) ** (0.5 if self.rule == "sqrt" else 1.0)
-        return descend(step, {**step.gradient(), "update/ess": ess, "update/rate_share": share}, self.max_norm, share)
 
 
 vcpo = method(

@@ -77,9 +77,7 @@ def _batches(request: Request, exact_lengths: bool) -> Iterator[NDArray[np.int64
         start += len(rows)
 
 
-def _run(
-    model: Any, request: Request, recorder: Recorder, rows: NDArray[np.int64], policy: MaskPolicy | None
-) -> None:
+def _run(model: Any, request: Request, recorder: Recorder, rows: NDArray[np.int64], policy: MaskPolicy | None) -> None:
     prompts = [request.prompts[request.owner[row]] for row in rows]
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=request.device)

@@ -451,7 +451,7 @@ class CausalLM:
         blank_id(self.tokenizer, corruption.blank)
         self._views[name] = corruption
 
-    def add_critic(self, folder: Path | None = None, heads: int = 1) -> None:
+    def add_critic(self, heads: int = 1, folder: Path | None = None) -> None:
         """Value heads on the shared trunk, as `ValueHead` starts them or read from where `save` wrote them.
 
         Does nothing where there are as many. Raises UsageError where there are others, and when ``folder`` holds no

@@ -1,0 +1,1 @@
+"""Weights per trajectory or step, general or shared by three or more methods."""
