@@ -172,6 +172,7 @@ def evaluate_payload(
     device = base.get_input_embeddings().weight.device
     steps = Steps.of(payload, device)
     # Each pass has an autocast of its own: its cache would hand casts made without gradient to a pass that needs one.
+    hidden: Tensor | None
     with _autocast(device, dtype), _without_dropout(base):
         if layer is not None:
             hidden = step_states(_trunk(base), payload, device, share=layer.share)

@@ -77,7 +77,8 @@ def step_states(
 def _whole(trunk: Any, payload: TokenPayload, device: torch.device) -> Tensor:
     rows = _whole_rows(payload)
     if not rows:
-        return trunk(**Rows.of(rows, device).inputs(trunk)).last_hidden_state.flatten(0, 1)[:0]
+        nothing: Tensor = trunk(**Rows.of(rows, device).inputs(trunk)).last_hidden_state
+        return nothing.flatten(0, 1)
     starts = torch.zeros(len(rows), dtype=torch.int64)
     states, used = [], 0
     for members in buckets([len(row) for row in rows], _CALL.get(device.type, _CALL["cuda"])):
@@ -93,7 +94,8 @@ def _continued(trunk: Any, payload: TokenPayload, device: torch.device) -> Tenso
     cache = DynamicCache()
     out = trunk(**prompts.inputs(trunk) | {"use_cache": True, "past_key_values": cache})
     # Taken before the completions, which add to the caches that are made of them.
-    kept = [(layer.keys, layer.values) for layer in cache.layers]
+    layers: Any = cache.layers
+    kept = [(layer.keys, layer.values) for layer in layers]
     states, used = [out.last_hidden_state.flatten(0, 1)], prompts.ids.numel()
     own = torch.tensor([len(prompt) for prompt in payload.prompts])
     ends = torch.arange(len(own)) * prompts.ids.shape[1] + own - 1

@@ -187,6 +187,11 @@ class _Slopes:
         by_p = 2 * given["collision"] if "collision" in given else None
         return cls(row, by_logp, by_p, given.get("logp"))
 
+    def at(self, live: Tensor) -> _Slopes:
+        """Those of some positions."""
+        by_logp, by_p, by_target = (None if x is None else x[live] for x in (self.by_logp, self.by_p, self.by_target))
+        return _Slopes(self.row[live], by_logp, by_p, by_target)
+
     def gradient(self, logp: Tensor, rows: slice, first: int, targets: Tensor) -> Tensor:
         """Of a tile whose log-probs [n, c] begin with token ``first``; these are overwritten."""
         p = logp.exp()
@@ -265,7 +270,7 @@ class _TiledFunctionals(torch.autograd.Function):
         everywhere = bool(live.all())
         states = hidden if everywhere else hidden[live]
         if not everywhere:
-            slopes = [_Slopes(*(None if x is None else x[live] for x in vars(slope).values())) for slope in slopes]
+            slopes = [slope.at(live) for slope in slopes]
             sums, targets = [sum_[live] for sum_ in sums], targets[live]
             inverse = None if inverse is None else inverse[live]
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
