@@ -7,20 +7,17 @@ settings: precision, and how much goes through the model at once.
 
 from __future__ import annotations
 
-import json
 import tempfile
-import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.models import MEDIUM, SMALL, Shape, least_seconds, make_prompts, save
 from benchmarks.row import Row
-from benchmarks.timing import Contender, alternate, best_setting
+from benchmarks.timing import Contender
+from benchmarks.training import BUDGETS, ROWS, Polopt, against_trl, as_row, trl_settings, trl_steps, update_seconds
 
 PROMPTS, GROUP = 16, 8
 CASES: Mapping[str, tuple[Shape, int]] = {
@@ -44,148 +41,54 @@ def run(name: str, rounds: int) -> Row:
         place = Path(folder)
         save(shape, limit / 2, place / "model")
         prompts = make_prompts(shape, 8 * PROMPTS)
-        ours = {
-            f"{precision}, {budget} tokens": (precision, budget)
+        settings: dict[str, Any] = {
+            "method": "grpo",
+            "reward": (f"{__name__}:reward",),
+            "prompts": PROMPTS,
+            "group": GROUP,
+            "slots": {"rollout.max_new_tokens": limit},
+        }
+        examples = [{"prompt": text} for text in prompts]
+        mine = {
+            f"{precision}, {budget} tokens": Polopt(place, examples, precision, token_budget=budget, **settings)
             for precision in ("float32", "bfloat16")
-            for budget in (4096, 32768)
+            for budget in BUDGETS
         }
-        theirs = {
-            f"{'bf16' if bf16 else 'fp32'}, {rows} rows": (bf16, rows) for bf16 in (False, True) for rows in (32, 128)
+        options = {
+            f"{'bf16' if bf16 else 'fp32'}, {rows} rows": (bf16, rows) for bf16 in (False, True) for rows in ROWS
         }
-        mine = {label: Polopt(place, prompts, limit, *option) for label, option in ours.items()}
-        chosen = best_setting(mine)
-        # Each on its own: a trainer holds a model and an optimizer.
-        tried = {}
-        for label, option in theirs.items():
-            with _trl(place, prompts, limit, *option) as step:
-                tried[label] = alternate({label: step}, rounds=2).median(label)
-        setting = min(tried, key=lambda label: tried[label])
-        with _trl(place, prompts, limit, *theirs[setting]) as step:
-            times = alternate({"polopt": mine[chosen], "trl": step}, rounds)
-        tokens = mine[chosen].tokens_per_step
-    ratio, low, high = times.ratio("trl", "polopt")
-    seconds = times.median("polopt")
+        ratio, seen = against_trl(mine, lambda bf16, rows: _trl(place, prompts, limit, bf16, rows), options, rounds)
+    tokens = seen["completion_tokens_per_step"]
     # Completions once when they are drawn, 128 tokens at a time, and three times in the update (forward and both halves
-    # of backward); prompts once per group when they are prefilled, and three times per completion in the update.
+    # of backward); prompts once per group when they are prefilled, and three times per group in the update.
     prompt = sum(len(text.split()) for text in prompts) / len(prompts) * PROMPTS
-    needed = least_seconds(shape, tokens, PROMPTS * GROUP)
-    needed += least_seconds(shape, prompt + 3 * (tokens + prompt * GROUP), 4096)
-    more = {
-        "trl_seconds": times.median("trl"),
-        "setting": chosen,
-        "trl_setting": setting,
-        "completion_tokens_per_step": tokens,
-        "tokens_per_second": tokens / seconds,
-    }
-    return Row(name, "TRL GRPOTrainer", ratio, low, high, needed / seconds, GOAL, seconds, more)
+    needed = least_seconds(shape, tokens, PROMPTS * GROUP) + update_seconds(shape, prompt, 4)
+    needed += update_seconds(shape, tokens, 3)
+    return as_row(name, "TRL GRPOTrainer", GOAL, ratio, seen, needed)
 
 
-class Polopt:
-    """Steps of polopt's trainer."""
-
-    def __init__(self, folder: Path, prompts: Sequence[str], limit: int, precision: str, budget: int) -> None:
-        from rich.console import Console
-
-        from polopt.training.budget import Budget
-        from polopt.training.build import resolve
-        from polopt.training.config import RunConfig
-        from polopt.training.progress import RunProgress
-        from polopt.training.run import make_trainer
-        from polopt.training.tracking import Trackers
-
-        data = folder / "prompts.jsonl"
-        data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
-        config = RunConfig(
-            method="grpo",
-            model=str(folder / "model"),
-            data=str(data),
-            reward=(f"{__name__}:reward",),
-            steps=1_000_000,
-            prompts=PROMPTS,
-            group=GROUP,
-            lr=1e-6,
-            precision=precision,
-            token_budget=budget,
-            eval_prompts=1,
-            track=("none",),
-            slots={"rollout.max_new_tokens": limit},
-            out=str(folder / "run"),
-        )
-        settled = resolve(config)
-        bar = RunProgress(Budget(settled.steps), quiet=True, console=Console(quiet=True))
-        self.trainer = make_trainer(settled, folder, bar)
-        self.trainer.trackers = Trackers({})
-        self.steps = 0
-
-    def __call__(self) -> None:
-        self.trainer.step()
-        self.steps += 1
-
-    @property
-    def tokens_per_step(self) -> float:
-        """Mean completion tokens."""
-        return self.trainer.meter.spent.tokens / max(self.steps, 1)
-
-
-@contextmanager
-def _trl(folder: Path, prompts: Sequence[str], limit: int, bf16: bool, rows: int) -> Iterator[Contender]:
-    """Steps of TRL's own training loop: it runs in a thread and waits before each step until it is asked for one."""
+def _trl(folder: Path, prompts: Sequence[str], limit: int, bf16: bool, rows: int) -> AbstractContextManager[Contender]:
     from datasets import Dataset
-    from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    go, done = threading.Semaphore(0), threading.Semaphore(0)
-    over = threading.Event()
-
-    class Gate(TrainerCallback):  # type: ignore[misc]
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            go.acquire()
-            control.should_training_stop = over.is_set()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_training_stop = over.is_set()
-            done.release()
-
     settings = GRPOConfig(
-        output_dir=str(folder / "trl"),
-        use_cpu=not torch.cuda.is_available(),
-        bf16=bf16,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=PROMPTS * GROUP // rows,
+        **trl_settings(folder, bf16, rows, PROMPTS * GROUP),
         num_generations=GROUP,
         max_completion_length=limit,
         temperature=1.0,
         beta=0.0,
         loss_type="grpo",
-        learning_rate=1e-6,
-        max_steps=1_000_000,
-        logging_steps=1_000_000,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = GRPOTrainer(
-            model=str(folder / "model"),
-            reward_funcs=reward,
-            args=settings,
-            train_dataset=Dataset.from_list([{"prompt": text} for text in prompts]),
-            callbacks=[Gate()],
-        )
-        trainer.remove_callback(PrinterCallback)
-    thread = threading.Thread(target=trainer.train, daemon=True)
-    thread.start()
 
-    def step() -> None:
-        go.release()
-        done.acquire()
+    def make(callback: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return GRPOTrainer(
+                model=str(folder / "model"),
+                reward_funcs=reward,
+                args=settings,
+                train_dataset=Dataset.from_list([{"prompt": text} for text in prompts]),
+                callbacks=[callback],
+            )
 
-    try:
-        yield step
-    finally:
-        over.set()
-        go.release()
-        thread.join()
+    return trl_steps(make)

@@ -23,6 +23,11 @@ class Row:
     seconds: float
     more: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def verdict(self) -> str:
+        """Whether the goal was reached, or by how much not."""
+        return "reached" if self.ratio >= self.goal else f"missed by {1 - self.ratio / self.goal:.0%}"
+
     def as_dict(self) -> dict[str, Any]:
         """As it is written to JSON."""
         return asdict(self)

@@ -58,5 +58,5 @@ def alternate(contenders: Mapping[str, Contender], rounds: int, warmup: int = 1)
 
 
 def best_setting(choices: Mapping[str, Contender]) -> str:
-    """The fastest of some settings of one side, each tried twice after a warm-up."""
-    return alternate(choices, rounds=2).fastest()
+    """The fastest of some settings of one side, each tried once after a warm-up."""
+    return alternate(choices, rounds=1).fastest()

@@ -13,9 +13,9 @@ from polopt.core.errors import UsageError
 from polopt.core.example import Example
 from polopt.core.policy import TEMPERED, Request, Sampling, at_temperature, pattern, split_temperature
 from polopt.core.rollout import Rollout
-from polopt.policies.causal_lm import fused
 from polopt.policies.causal_lm.fused import linear_functionals, logit_functionals
 from polopt.policies.causal_lm.policy import CausalLM
+from polopt.policies.causal_lm.tiled import Layer
 from polopt.policies.exact import SequenceSpace
 from polopt.policies.exact.policy import example_of
 from polopt.policies.sampling import draw
@@ -121,17 +121,17 @@ def plain(z: Tensor, targets: Tensor, temperature: Any) -> dict[str, Tensor]:
 WANTED = frozenset({"logp", "entropy", "logp@1.2", "lse@1.2", "collision@0.5", "logp@2", "logp@2.0", "entropy@0.5"})
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 3])
+@pytest.mark.parametrize("tile", [None, (1, 1), (3, 4), (7, 11)])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("own", [1.0, torch.linspace(0.5, 2.0, 7, dtype=torch.float64)])
 @pytest.mark.parametrize("names", [WANTED, WANTED - {"logp", "entropy"}, frozenset({"logp@1.2"})])
-def test_values_and_gradients_of_several_temperatures(names: Any, own: Any, softcap: Any, chunk: Any) -> None:
+def test_values_and_gradients_of_several_temperatures(names: Any, own: Any, softcap: Any, tile: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (7, 11))
     targets = torch.randint(11, (7,), generator=generator)
     mix = {name: torch.randn(7, generator=generator, dtype=torch.float64) for name in sorted(names)}
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
-    found = linear_functionals(hidden, weight, targets, names, temperature=own, softcap=softcap, scale=0.7, chunk=chunk)
+    found = linear_functionals(hidden, weight, targets, names, temperature=own, softcap=softcap, scale=0.7, tile=tile)
     assert found.keys() == names
     z = 0.7 * hidden @ weight.T
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -150,10 +150,10 @@ def test_values_and_gradients_of_several_temperatures(names: Any, own: Any, soft
 
 def test_several_temperatures_take_one_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, calls = torch.randn(9, 4), torch.randn(6, 4), []
-    product = fused._Layer.logits
-    monkeypatch.setattr(fused._Layer, "logits", lambda *arguments: calls.append(1) or product(*arguments))
+    product = Layer.logits
+    monkeypatch.setattr(Layer, "logits", lambda *arguments: calls.append(1) or product(*arguments))
     names = frozenset({"logp", "logp@1.2", "entropy@0.8"})
-    found = linear_functionals(hidden.requires_grad_(), weight, torch.zeros(9, dtype=torch.int64), names, chunk=9)
+    found = linear_functionals(hidden.requires_grad_(), weight, torch.zeros(9, dtype=torch.int64), names, tile=(9, 6))
     assert len(calls) == 1
     found["logp@1.2"].sum().backward()
     assert len(calls) == 2
@@ -166,7 +166,7 @@ def test_a_temperature_without_gradient_adds_nothing_to_the_backward_pass() -> N
     gradients = []
     for names in ({"logp"}, {"logp", "logp@1.2"}):
         leaf = hidden.clone().requires_grad_()
-        found = linear_functionals(leaf, weight, targets, frozenset(names), chunk=4)
+        found = linear_functionals(leaf, weight, targets, frozenset(names), tile=(4, 6))
         gradients += torch.autograd.grad(found["logp"].sum(), leaf)
     assert torch.equal(*gradients)
 

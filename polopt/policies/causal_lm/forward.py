@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +24,7 @@ from polopt.policies.causal_lm.fused import (
 )
 from polopt.policies.causal_lm.loading import text_config
 from polopt.policies.causal_lm.payload import TokenPayload
+from polopt.policies.causal_lm.states import can_share, padded, step_states
 from polopt.policies.nucleus import masked_functionals, unpack
 
 MASKED_LOGITS: Final = 2**24
@@ -32,51 +32,43 @@ MASKED_LOGITS: Final = 2**24
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
-    """Prompt and completion of every trajectory, right-padded.
+class Steps:
+    """What is predicted: the token of each step, and the temperature of its trajectory (a number where all agree)."""
 
-    ``steps`` [N] are places in the flattened [M * T] positions: those whose logits predict the completion tokens
-    ``targets`` [N]. The last completion token is nobody's input, so T is the longest sequence less one.
-    """
-
-    ids: Int[Tensor, "trajectory time"]
-    mask: Bool[Tensor, "trajectory time"]
-    steps: Int[Tensor, " step"]
     targets: Int[Tensor, " step"]
-    temperature: Float[Tensor, " step"]
+    temperature: float | Float[Tensor, " step"]
 
     @classmethod
-    def of(cls, payload: TokenPayload, device: torch.device) -> Batch:
-        """The batch of a whole payload."""
-        completions = torch.split(payload.ids, payload.lengths.tolist())
-        prompts = [torch.tensor(prompt, dtype=torch.int64) for prompt in payload.prompts]
-        owners = payload.prompt_of.tolist()
-        rows = [torch.cat((prompts[o], ids[:-1])) for o, ids in zip(owners, completions, strict=True)]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.int64)
-        width = ids.shape[1]
-        before = payload.prompt_lengths
-        mask = torch.arange(width)[None] < (before + payload.lengths - 1)[:, None]
-        # Step t of a completion is predicted at position prompt_length - 1 + t of its row.
-        starts = torch.arange(len(rows)) * width + before - 1
-        offsets = payload.lengths.cumsum(0) - payload.lengths
-        steps = (starts - offsets).repeat_interleave(payload.lengths) + torch.arange(payload.ids.numel())
-        temperature = payload.temperature.repeat_interleave(payload.lengths)
-        moved = (x.to(device, non_blocking=True) for x in (ids, mask, steps, payload.ids, temperature))
-        return cls(*moved)
+    def of(cls, payload: TokenPayload, device: torch.device) -> Steps:
+        """The steps of a whole payload."""
+        targets, own = payload.ids.to(device, non_blocking=True), payload.temperature
+        if len(own) and bool((own == own[0]).all()):
+            return cls(targets, float(own[0]))
+        return cls(targets, own.repeat_interleave(payload.lengths).to(device, non_blocking=True))
+
+    @property
+    def inverse(self) -> Float[Tensor, "step 1"]:
+        """1 / temperature as a column."""
+        of_all = torch.as_tensor(self.temperature, dtype=torch.float32, device=self.targets.device)
+        return of_all.reciprocal().expand(len(self.targets))[:, None]
 
 
 @dataclass(frozen=True)
 class OutputLayer:
-    """How final hidden states become logits: cap(scale * (W h + b)), cap(x) = softcap * tanh(x / softcap)."""
+    """How final hidden states become logits: cap(scale * (W h + b)), cap(x) = softcap * tanh(x / softcap).
+
+    ``share``: prompts may go through the trunk once for all their completions (`can_share`).
+    """
 
     softcap: float | None
     scale: float
+    share: bool = False
 
     def functionals(
         self,
         base: Any,
         hidden: Float[Tensor, "step hidden"],
-        batch: Batch,
+        steps: Steps,
         names: frozenset[str],
     ) -> dict[str, Tensor]:
         """The named functionals [N] from the hidden states at the steps, logits never held all at once."""
@@ -84,10 +76,10 @@ class OutputLayer:
         return linear_functionals(
             hidden,
             head.weight,
-            batch.targets,
+            steps.targets,
             names,
             bias=head.bias,
-            temperature=batch.temperature,
+            temperature=steps.temperature,
             softcap=self.softcap,
             scale=self.scale,
         )
@@ -96,7 +88,7 @@ class OutputLayer:
         self,
         base: Any,
         hidden: Float[Tensor, "step hidden"],
-        batch: Batch,
+        steps: Steps,
         kept: UInt8[Tensor, "step byte"],
         names: frozenset[str],
     ) -> dict[str, Tensor]:
@@ -104,20 +96,20 @@ class OutputLayer:
         head = base.get_output_embeddings()
         ordered = sorted(names)
 
-        def of_rows(states: Tensor, targets: Tensor, temperature: Tensor, bits: Tensor) -> tuple[Tensor, ...]:
+        def of_rows(states: Tensor, targets: Tensor, inverse: Tensor, bits: Tensor) -> tuple[Tensor, ...]:
             z = nn.functional.linear(states, head.weight, head.bias)
             z = z.to(torch.promote_types(z.dtype, torch.float32)) * self.scale
             z = z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
-            found = masked_functionals(z / temperature[:, None], targets, unpack(bits, z.shape[-1]), ordered)
+            found = masked_functionals(z * inverse, targets, unpack(bits, z.shape[-1]), ordered)
             return tuple(found[name] for name in ordered)
 
         rows = max(1, MASKED_LOGITS // head.weight.shape[0])
-        columns = (hidden, batch.targets, batch.temperature, kept)
+        columns = (hidden, steps.targets, steps.inverse, kept)
         pieces = zip(*(torch.split(column, rows) for column in columns), strict=True)
         chunks = [checkpoint(of_rows, *piece, use_reentrant=False) for piece in pieces]
         return {name: torch.cat(parts) for name, parts in zip(ordered, zip(*chunks, strict=True), strict=True)}
 
-    def most_likely(self, base: Any, hidden: Float[Tensor, "step hidden"], batch: Batch) -> dict[str, Tensor]:
+    def most_likely(self, base: Any, hidden: Float[Tensor, "step hidden"], steps: Steps) -> dict[str, Tensor]:
         """``top_id`` and ``top_logp`` [N, K] of the `TOP` most likely tokens."""
         head = base.get_output_embeddings()
         return linear_top(
@@ -125,7 +117,7 @@ class OutputLayer:
             head.weight,
             TOP,
             bias=head.bias,
-            temperature=batch.temperature,
+            temperature=steps.temperature,
             softcap=self.softcap,
             scale=self.scale,
         )
@@ -144,7 +136,7 @@ def output_layer(base: Any) -> OutputLayer | None:
     softcap = getattr(config, "final_logit_softcapping", None)
     # Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling.
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    layer = OutputLayer(softcap, scale)
+    layer = OutputLayer(softcap, scale, can_share(base, trunk))
     ids = torch.arange(min(8, head.weight.shape[0]), device=head.weight.device)[None]
     with torch.no_grad(), torch.autocast(head.weight.device.type, enabled=False):
         expected = base(input_ids=ids, use_cache=False).logits[0].float()
@@ -156,10 +148,10 @@ def output_layer(base: Any) -> OutputLayer | None:
     return layer if same else None
 
 
-def evaluate_batch(
+def evaluate_payload(
     base: Any,
     layer: OutputLayer | None,
-    batch: Batch,
+    payload: TokenPayload,
     names: frozenset[str],
     *,
     dtype: torch.dtype | None,
@@ -177,30 +169,32 @@ def evaluate_batch(
     top = bool(OUTPUT_LAYER & names - {"hidden"})
     masked = names & MASKED if kept is not None else frozenset()
     of_logits = names - of_states - OUTPUT_LAYER - MASKED
+    device = base.get_input_embeddings().weight.device
+    steps = Steps.of(payload, device)
     # Each pass has an autocast of its own: its cache would hand casts made without gradient to a pass that needs one.
-    with _autocast(batch.ids.device, dtype), _without_dropout(base):
+    hidden: Tensor | None
+    with _autocast(device, dtype), _without_dropout(base):
         if layer is not None:
-            trunk = _trunk(base)
-            states = trunk(**_inputs(trunk, batch)).last_hidden_state
-            hidden = states.flatten(0, 1).index_select(0, batch.steps)
-            found = layer.functionals(base, hidden, batch, of_logits) if of_logits else {}
-            found |= layer.most_likely(base, hidden, batch) if top else {}
+            hidden = step_states(_trunk(base), payload, device, share=layer.share)
+            found = layer.functionals(base, hidden, steps, of_logits) if of_logits else {}
+            found |= layer.most_likely(base, hidden, steps) if top else {}
             if kept is not None and masked:
-                found |= layer.masked(base, hidden, batch, kept, masked)
+                found |= layer.masked(base, hidden, steps, kept, masked)
         else:
-            out = base(**_inputs(base, batch), output_hidden_states=bool(of_states))
-            logits = out.logits.flatten(0, 1).index_select(0, batch.steps)
-            found = logit_functionals(logits, batch.targets, of_logits, temperature=batch.temperature)
-            found |= logit_top(logits, TOP, temperature=batch.temperature) if top else {}
+            rows, places = padded(payload, device)
+            out = base(**rows.inputs(base), output_hidden_states=bool(of_states))
+            logits = out.logits.flatten(0, 1).index_select(0, places)
+            found = logit_functionals(logits, steps.targets, of_logits, temperature=steps.temperature)
+            found |= logit_top(logits, TOP, temperature=steps.temperature) if top else {}
             if kept is not None and masked:
-                tempered = logits.float() / batch.temperature[:, None]
-                found |= masked_functionals(tempered, batch.targets, unpack(kept, logits.shape[-1]), masked)
-            hidden = out.hidden_states[-1].flatten(0, 1).index_select(0, batch.steps) if of_states else None
+                tempered = logits.float() * steps.inverse
+                found |= masked_functionals(tempered, steps.targets, unpack(kept, logits.shape[-1]), masked)
+            hidden = out.hidden_states[-1].flatten(0, 1).index_select(0, places) if of_states else None
         if hidden is not None and critic is not None:
             found |= {name: critic(hidden, head) for name, head in values.items()}
         if hidden is not None and "hidden" in names:
             scale = 1.0 if layer is None else layer.scale
-            found["hidden"] = hidden.detach() * (scale / batch.temperature[:, None])
+            found["hidden"] = hidden.detach() * (scale * steps.inverse)
     return found
 
 
@@ -227,10 +221,9 @@ def evaluate_divergences(
         return _divergences_row_by_row(own, other, names, dtype, device)
     sides = []
     for weights, payload in (own, other):
-        batch = Batch.of(payload, device)
         with weights() as base, _autocast(device, dtype), _without_dropout(base):
             trunk, head = _trunk(base), base.get_output_embeddings()
-            hidden = trunk(**_inputs(trunk, batch)).last_hidden_state.flatten(0, 1).index_select(0, batch.steps)
+            hidden = step_states(trunk, payload, device, share=layer.share)
             # Detached, the weight stays that of this model when live adapters come back.
             sides.append((hidden, head.weight.detach(), None if head.bias is None else head.bias.detach()))
     (hidden, weight, bias), (other_hidden, other_weight, other_bias) = sides
@@ -243,7 +236,7 @@ def evaluate_divergences(
             names,
             bias=bias,
             other_bias=other_bias,
-            temperature=batch.temperature,
+            temperature=Steps.of(own[1], device).temperature,
             softcap=layer.softcap,
             scale=layer.scale,
         )
@@ -260,10 +253,11 @@ def _divergences_row_by_row(
     for index in range(own[1].lengths.numel()):
         logits = []
         for weights, payload in (own, other):
-            batch = Batch.of(payload.select(torch.tensor([index])), device)
+            one = payload.select(torch.tensor([index]))
+            rows, places = padded(one, device)
             with weights() as base, _autocast(device, dtype), _without_dropout(base):
-                logits.append(base(**_inputs(base, batch)).logits.flatten(0, 1).index_select(0, batch.steps))
-        values = logit_divergences(logits[0], logits[1], names, temperature=batch.temperature)
+                logits.append(base(**rows.inputs(base)).logits.flatten(0, 1).index_select(0, places))
+        values = logit_divergences(logits[0], logits[1], names, temperature=Steps.of(one, device).temperature)
         for name, value in values.items():
             found[name].append(value)
     return {name: torch.cat(values) for name, values in found.items()}
@@ -272,14 +266,6 @@ def _divergences_row_by_row(
 def _trunk(base: Any) -> Any:
     trunk = getattr(base, base.base_model_prefix, None) if base.base_model_prefix else None
     return None if trunk is base else trunk
-
-
-def _inputs(module: Any, batch: Batch) -> dict[str, Any]:
-    inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "use_cache": False}
-    if "position_ids" in inspect.signature(module.forward).parameters:
-        rows, width = batch.ids.shape
-        inputs["position_ids"] = torch.arange(width, device=batch.ids.device).expand(rows, width)
-    return inputs
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

@@ -37,14 +37,12 @@ from polopt.policies.causal_lm.corruption import blank_id, corrupted, observed
 from polopt.policies.causal_lm.critic import ValueHead, load_critic, save_critic
 from polopt.policies.causal_lm.fallback import MaskPolicy
 from polopt.policies.causal_lm.forward import (
-    Batch,
     OutputLayer,
     Weights,
-    evaluate_batch,
     evaluate_divergences,
+    evaluate_payload,
     output_layer,
 )
-from polopt.policies.causal_lm.fused import FUNCTIONALS
 from polopt.policies.causal_lm.loading import (
     LoraOptions,
     Precision,
@@ -66,6 +64,7 @@ from polopt.policies.causal_lm.snapshots import (
     trainable,
     unwrapped,
 )
+from polopt.policies.causal_lm.tiled import FUNCTIONALS
 from polopt.policies.nucleus import kept_of
 
 
@@ -363,17 +362,16 @@ class CausalLM:
         payload = rollout.payload
         if not isinstance(payload, TokenPayload):
             raise TypeError(f"a language model evaluates rollouts of tokens, not of {type(payload).__name__}")
-        batch = Batch.of(payload, self.device)
         found: dict[str, Tensor] = {}
         for model in sorted({name.partition("/")[2] for name in names if "/" in name and head_of(name) is None}):
             found |= self._of_model(model, payload, names)
         if "max_entropy" in names:
             vocabulary = text_config(unwrapped(self.model)).vocab_size
-            found["max_entropy"] = torch.full_like(batch.temperature, math.log(vocabulary))
+            found["max_entropy"] = torch.full((rollout.n_steps,), math.log(vocabulary))
         if own := names - found.keys():
             base = unwrapped(self.model)
             kept = kept_of(rollout).to(self.device) if own & MASKED else None
-            found |= evaluate_batch(base, self._layer, batch, own, dtype=self.dtype, critic=self.critic, kept=kept)
+            found |= evaluate_payload(base, self._layer, payload, own, dtype=self.dtype, critic=self.critic, kept=kept)
         # Ids stay integers.
         full = {name: v.float() if v.is_floating_point() else v for name, v in found.items()}
         return Evaluation({name: full[name].to(rollout.device) for name in sorted(names)})
@@ -391,9 +389,7 @@ class CausalLM:
         found: dict[str, Tensor] = {}
         if "logp" in kinds:
             with weights() as base:
-                found = evaluate_batch(
-                    base, self._layer, Batch.of(given, self.device), frozenset({"logp"}), dtype=self.dtype
-                )
+                found = evaluate_payload(base, self._layer, given, frozenset({"logp"}), dtype=self.dtype)
         if divergences := kinds - {"logp"}:
             found |= evaluate_divergences(
                 (self._live, payload),

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from polopt.policies.causal_lm import tiled
 from polopt.policies.causal_lm.fused import (
     DIVERGENCES,
-    FUNCTIONALS,
     linear_divergences,
     linear_functionals,
     logit_divergences,
 )
+from polopt.policies.causal_lm.tiled import FUNCTIONALS
 
 
 def plain(
@@ -61,16 +62,16 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 3, 100])
+@pytest.mark.parametrize("tile", [None, (1, 1), (3, 4), (100, 100), (100, 1)])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_values_and_gradients_equal_plain_torch(options: dict, with_bias: bool, chunk: int | None) -> None:
+def test_values_and_gradients_equal_plain_torch(options: dict, with_bias: bool, tile: tuple[int, int] | None) -> None:
     hidden, weight, targets = problem()
     bias = torch.linspace(-1, 1, 11, dtype=torch.float64) if with_bias else None
     inputs = [x for x in (hidden, weight, bias) if x is not None]
     mix = torch.randn(len(FUNCTIONALS), 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gradients = []
-    for function, extra in ((plain, {}), (linear_functionals, {"names": FUNCTIONALS, "chunk": chunk})):
+    for function, extra in ((plain, {}), (linear_functionals, {"names": FUNCTIONALS, "tile": tile})):
         for x in inputs:
             x.requires_grad_().grad = None
         found = function(hidden, weight, targets, bias=bias, **options, **extra)
@@ -84,16 +85,16 @@ def test_values_and_gradients_equal_plain_torch(options: dict, with_bias: bool, 
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("tile", [None, (2, 5)])
 @pytest.mark.parametrize("name", sorted(FUNCTIONALS))
-def test_gradcheck_of_each_functional_alone(name: str, chunk: int | None) -> None:
+def test_gradcheck_of_each_functional_alone(name: str, tile: tuple[int, int] | None) -> None:
     hidden, weight, targets = problem(4, 6, 3)
     bias = torch.zeros(6, dtype=torch.float64, requires_grad=True)
     temperature = torch.tensor([0.5, 1.0, 2.0, 0.7], dtype=torch.float64)
 
     def function(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return linear_functionals(
-            h, w, targets, frozenset({name}), bias=b, temperature=temperature, softcap=2.0, scale=0.5, chunk=chunk
+            h, w, targets, frozenset({name}), bias=b, temperature=temperature, softcap=2.0, scale=0.5, tile=tile
         )[name]
 
     assert torch.autograd.gradcheck(function, (hidden.requires_grad_(), weight.requires_grad_(), bias))
@@ -106,7 +107,7 @@ def test_rows_without_gradient_are_left_out_of_the_backward_pass_exactly() -> No
     torch.where(keep, expected["logp"], 0).sum().backward()
     reference = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
-    found = linear_functionals(hidden, weight, targets, FUNCTIONALS, chunk=2)
+    found = linear_functionals(hidden, weight, targets, FUNCTIONALS, tile=(2, 4))
     (torch.where(keep, found["logp"], 0) + 0 * found["entropy"]).sum().backward()
     torch.testing.assert_close((hidden.grad, weight.grad), reference)
     assert (hidden.grad[~keep] == 0).all()
@@ -140,13 +141,13 @@ def test_an_unknown_functional_is_named() -> None:
         linear_functionals(*problem(), frozenset({"kurtosis", "logp"}))
 
 
-@pytest.mark.parametrize("chunk", [None, 16])
-def test_autocast_multiplies_in_bfloat16_and_sums_in_float32(chunk: int | None) -> None:
+@pytest.mark.parametrize("tile", [None, (16, 300)])
+def test_autocast_multiplies_in_bfloat16_and_sums_in_float32(tile: tuple[int, int] | None) -> None:
     hidden, weight, targets = problem(64, 1000, 32, torch.float32)
     hidden.requires_grad_()
     weight.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        found = linear_functionals(hidden, weight, targets, FUNCTIONALS, chunk=chunk)
+        found = linear_functionals(hidden, weight, targets, FUNCTIONALS, tile=tile)
     assert {value.dtype for value in found.values()} == {torch.float32}
     # The only roundings are those of the inputs and of the logits; the softmax of exactly these logits is float32.
     logits = torch.mm(hidden.detach().bfloat16(), weight.detach().bfloat16().t()).float()
@@ -184,7 +185,11 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def test_memory_beyond_inputs_outputs_and_gradients_is_a_few_chunks() -> None:
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_memory_beyond_inputs_outputs_and_gradients_is_a_few_tiles_and_the_store(
+    kept: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiled, "_KEPT_SHARE", kept)
     hidden, weight, targets = problem(512, 32_000, 16, torch.float32)
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -192,7 +197,7 @@ def test_memory_beyond_inputs_outputs_and_gradients_is_a_few_chunks() -> None:
     gradients = hidden.nbytes + weight.nbytes
     shares = {}
     for name, function, extra in (
-        ("fused", linear_functionals, {"names": FUNCTIONALS, "chunk": 16}),
+        ("fused", linear_functionals, {"names": FUNCTIONALS, "tile": (512, 500)}),
         ("plain", plain, {}),
     ):
         with LiveBytes() as tracker:
@@ -201,7 +206,14 @@ def test_memory_beyond_inputs_outputs_and_gradients_is_a_few_chunks() -> None:
         hidden.grad = weight.grad = None
         shares[name] = (tracker.peak - gradients) / materialised
     assert shares["plain"] > 2  # the tracker sees what is there
-    assert shares["fused"] < 0.15
+    assert kept < shares["fused"] + 0.02 < kept + 0.15
+
+
+def test_without_gradient_nothing_is_kept() -> None:
+    hidden, weight, targets = problem(512, 32_000, 16, torch.float32)
+    with LiveBytes() as tracker, torch.no_grad():
+        linear_functionals(hidden.requires_grad_(), weight.requires_grad_(), targets, FUNCTIONALS, tile=(512, 500))
+    assert tracker.peak < 0.15 * 512 * 32_000 * 4
 
 
 # --- two models -----------------------------------------------------------------------------------------------------
