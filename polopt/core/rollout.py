@@ -418,7 +418,7 @@ class Rollout:
         """Mean over the trainable steps of each trajectory; 0 where there are none."""
         return segments.segment_mean(values, self.trajectory, self.n_trajectories, mask=self.mask)
 
-    def last_step(self, values: Float[Tensor, " step"]) -> Float[Tensor, " trajectory"]:
+    def at_last_step(self, values: Float[Tensor, " step"]) -> Float[Tensor, " trajectory"]:
         """The value at the last trainable step of each trajectory, 0 where no step is."""
         last = segments.segment_is_last(self.trajectory, self.n_trajectories, mask=self.mask)
         return self.sum_steps(torch.where(last, values, 0.0))

@@ -172,7 +172,7 @@ def test_reductions_against_loops(seed: int) -> None:
         mine = spoilt[(rollout.trajectory == i) & mask].numpy()
         assert float(rollout.sum_steps(spoilt)[i]) == pytest.approx(mine.sum())
         assert float(rollout.mean_steps(spoilt)[i]) == pytest.approx(mine.mean() if mine.size else 0.0)
-        assert float(rollout.last_step(spoilt)[i]) == (mine[-1] if mine.size else 0.0)
+        assert float(rollout.at_last_step(spoilt)[i]) == (mine[-1] if mine.size else 0.0)
     same(rollout.batch_mean(spoilt), float(np.nansum(spoilt.numpy()) / max(int(mask.sum()), 1)))
 
 

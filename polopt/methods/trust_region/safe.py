@@ -43,7 +43,7 @@ HEADS = frozenset({"value/1", "value/2"})
 def response_value(columns: Any, rollout: Rollout, softness: float) -> Float[Tensor, " trajectory"]:
     """V of the last trainable step of each trajectory, 0 without one; ``columns`` have the two heads [N]."""
     heads = torch.stack([columns[name] for name in sorted(HEADS)])
-    return rollout.last_step(soft_minimum(heads, softness))
+    return rollout.at_last_step(soft_minimum(heads, softness))
 
 
 @part("advantage", "response-value")

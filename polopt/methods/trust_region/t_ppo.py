@@ -46,7 +46,7 @@ class EGAE(GAE):
     needs = GAE.needs | {"unfinished", "mask/critic"}
 
     def __call__(self, rollout: Rollout) -> dict[str, Tensor]:
-        after = self.cut * rollout.last_step(rollout["value"])
+        after = self.cut * rollout.at_last_step(rollout["value"])
         # gamma V(s_l) enters delta_{l-1} as a reward does.
         goes_on = rollout["unfinished"].bool() & ~rollout.reward.isnan()
         reward = torch.where(goes_on, self.gamma * after, rollout.reward)
