@@ -24,7 +24,7 @@ from polopt.policies.causal_lm.fused import (
 )
 from polopt.policies.causal_lm.loading import text_config
 from polopt.policies.causal_lm.payload import TokenPayload
-from polopt.policies.causal_lm.states import can_share, padded, step_states
+from polopt.policies.causal_lm.states import Rows, can_pack, step_states
 from polopt.policies.nucleus import masked_functionals, unpack
 
 MASKED_LOGITS: Final = 2**24
@@ -57,12 +57,12 @@ class Steps:
 class OutputLayer:
     """How final hidden states become logits: cap(scale * (W h + b)), cap(x) = softcap * tanh(x / softcap).
 
-    ``share``: prompts may go through the trunk once for all their completions (`can_share`).
+    ``pack``: all tokens may go through the trunk as one row (`can_pack`).
     """
 
     softcap: float | None
     scale: float
-    share: bool = False
+    pack: bool = False
 
     def functionals(
         self,
@@ -136,7 +136,7 @@ def output_layer(base: Any) -> OutputLayer | None:
     softcap = getattr(config, "final_logit_softcapping", None)
     # Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling.
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    layer = OutputLayer(softcap, scale, can_share(base, trunk))
+    layer = OutputLayer(softcap, scale, can_pack(base, trunk))
     ids = torch.arange(min(8, head.weight.shape[0]), device=head.weight.device)[None]
     with torch.no_grad(), torch.autocast(head.weight.device.type, enabled=False):
         expected = base(input_ids=ids, use_cache=False).logits[0].float()
@@ -175,21 +175,21 @@ def evaluate_payload(
     hidden: Tensor | None
     with _autocast(device, dtype), _without_dropout(base):
         if layer is not None:
-            hidden = step_states(_trunk(base), payload, device, share=layer.share)
+            hidden = step_states(_trunk(base), payload, device, pack=layer.pack)
             found = layer.functionals(base, hidden, steps, of_logits) if of_logits else {}
             found |= layer.most_likely(base, hidden, steps) if top else {}
             if kept is not None and masked:
                 found |= layer.masked(base, hidden, steps, kept, masked)
         else:
-            rows, places = padded(payload, device)
+            rows = Rows.of(payload, device)
             out = base(**rows.inputs(base), output_hidden_states=bool(of_states))
-            logits = out.logits.flatten(0, 1).index_select(0, places)
+            logits = out.logits.flatten(0, 1).index_select(0, rows.steps)
             found = logit_functionals(logits, steps.targets, of_logits, temperature=steps.temperature)
             found |= logit_top(logits, TOP, temperature=steps.temperature) if top else {}
             if kept is not None and masked:
                 tempered = logits.float() * steps.inverse
                 found |= masked_functionals(tempered, steps.targets, unpack(kept, logits.shape[-1]), masked)
-            hidden = out.hidden_states[-1].flatten(0, 1).index_select(0, places) if of_states else None
+            hidden = out.hidden_states[-1].flatten(0, 1).index_select(0, rows.steps) if of_states else None
         if hidden is not None and critic is not None:
             found |= {name: critic(hidden, head) for name, head in values.items()}
         if hidden is not None and "hidden" in names:
@@ -223,7 +223,7 @@ def evaluate_divergences(
     for weights, payload in (own, other):
         with weights() as base, _autocast(device, dtype), _without_dropout(base):
             trunk, head = _trunk(base), base.get_output_embeddings()
-            hidden = step_states(trunk, payload, device, share=layer.share)
+            hidden = step_states(trunk, payload, device, pack=layer.pack)
             # Detached, the weight stays that of this model when live adapters come back.
             sides.append((hidden, head.weight.detach(), None if head.bias is None else head.bias.detach()))
     (hidden, weight, bias), (other_hidden, other_weight, other_bias) = sides
@@ -254,9 +254,9 @@ def _divergences_row_by_row(
         logits = []
         for weights, payload in (own, other):
             one = payload.select(torch.tensor([index]))
-            rows, places = padded(one, device)
+            rows = Rows.of(one, device)
             with weights() as base, _autocast(device, dtype), _without_dropout(base):
-                logits.append(base(**rows.inputs(base)).logits.flatten(0, 1).index_select(0, places))
+                logits.append(base(**rows.inputs(base)).logits.flatten(0, 1).index_select(0, rows.steps))
         values = logit_divergences(logits[0], logits[1], names, temperature=Steps.of(one, device).temperature)
         for name, value in values.items():
             found[name].append(value)

@@ -1,4 +1,4 @@
-"""Hidden states without padding and with shared prompts: the model's own forward, in fewer positions."""
+"""Hidden states of sequences in one row, with shared prompts: the model's own forward, in fewer positions."""
 
 from __future__ import annotations
 
@@ -9,53 +9,42 @@ import pytest
 import torch
 from torch import Tensor
 
-from polopt.policies.causal_lm import states
+from polopt.policies.causal_lm import packing, states
+from polopt.policies.causal_lm.packing import Packing, buckets_of
 from polopt.policies.causal_lm.payload import TokenPayload
 from polopt.policies.causal_lm.policy import CausalLM
-from polopt.policies.causal_lm.states import buckets
 from tests.policies.causal_lm.models import byte_tokenizer, tiny, token_rollout
 from tests.policies.causal_lm.test_policy import ALL, FAMILIES, move, plain, weighted
 
 LENGTHS = ((9, 1), (9, 17), (9, 5), (4, 30), (4, 2), (9, 16), (4, 1))
-SHARING = {"Qwen3": True, "Llama": True, "GPT2": True, "Cohere": True, "Granite": True, "Gemma2": False}
+PACKS = {"Qwen3": True, "Llama": True, "GPT2": True, "Cohere": True, "Granite": True, "Gemma2": False}
 
 
-def payload() -> Any:
-    """Two prompts of different length, whose completions lie mixed up."""
-    rollout = token_rollout(LENGTHS)
-    tokens = rollout.payload
+def rollout(shared: bool = True) -> Any:
+    """Completions that lie mixed up, of two prompts of different length or of one prompt each."""
+    made = token_rollout(LENGTHS)
+    tokens = made.payload
     assert isinstance(tokens, TokenPayload)
-    long, short = tokens.prompts[int(tokens.prompt_of[0])], tokens.prompts[int(tokens.prompt_of[3])]
-    owner = torch.tensor([0 if before == 9 else 1 for before, _ in LENGTHS])
-    object.__setattr__(tokens, "prompts", (long, short))
-    object.__setattr__(tokens, "prompt_of", owner)
-    return rollout
-
-
-def widths(one: CausalLM, rollout: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Shapes of what goes through the trunk."""
-    seen: list[tuple[int, int]] = []
-    of = states.Rows.inputs
-    monkeypatch.setattr(
-        states.Rows, "inputs", lambda rows, trunk: seen.append(tuple(rows.ids.shape)) or of(rows, trunk)
-    )
-    with torch.no_grad():
-        one.evaluate(rollout, ALL)
-    return seen
+    if shared:
+        long, short = tokens.prompts[int(tokens.prompt_of[0])], tokens.prompts[int(tokens.prompt_of[3])]
+        object.__setattr__(tokens, "prompts", (long, short))
+        object.__setattr__(tokens, "prompt_of", torch.tensor([0 if n == 9 else 1 for n, _ in LENGTHS]))
+    return made
 
 
 @pytest.mark.parametrize("call", [0, 10**6])
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_values_and_gradients_are_those_of_rows_of_their_own(
-    family: str, call: int, monkeypatch: pytest.MonkeyPatch
+    family: str, shared: bool, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(states, "_CALL", {"cpu": call, "cuda": call})
+    monkeypatch.setattr(packing, "_CALL", {"cpu": call, "cuda": call})
     one = CausalLM(tiny(family, **FAMILIES[family]), byte_tokenizer())
     move(one)
-    rollout = payload()
+    batch = rollout(shared)
     assert one._layer is not None
-    assert one._layer.share == SHARING[family]
-    found, expected = one.evaluate(rollout, ALL).columns, plain(one.model, rollout)
+    assert one._layer.pack == PACKS[family]
+    found, expected = one.evaluate(batch, ALL).columns, plain(one.model, batch)
     for name in ALL:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
     gradients = (torch.autograd.grad(weighted(columns), one.parameters()) for columns in (found, expected))
@@ -63,54 +52,72 @@ def test_values_and_gradients_are_those_of_rows_of_their_own(
         torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()) + 1e-7)
 
 
-def test_a_shared_prompt_goes_through_once_and_nothing_is_padded_that_need_not_be(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("shared", "tokens"), [(True, 9 + 4 + 65), (False, 4 * 9 + 3 * 4 + 65)])
+def test_every_token_goes_through_once_and_a_shared_prompt_too(
+    shared: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(states, "_CALL", {"cpu": 0, "cuda": 0})
     one = CausalLM(tiny("Qwen3"), byte_tokenizer())
-    # Both prompts, then completions less their last token by length; those of one token need no pass of their own.
-    assert widths(one, payload(), monkeypatch) == [(2, 9), (1, 29), (1, 16), (1, 15), (1, 4), (1, 1)]
+    seen: list[tuple[int, ...]] = []
+    one.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    with torch.no_grad():
+        one.evaluate(rollout(shared), ALL)
+    # The last token of a completion is nobody's input.
+    assert seen == [(1, tokens)]
 
 
-def test_prompts_of_their_own_take_no_detour(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = CausalLM(tiny("Qwen3"), byte_tokenizer())
-    assert widths(one, token_rollout(((3, 5), (7, 2))), monkeypatch) == [(2, 8)]
+def test_the_models_own_attention_is_put_back_also_after_an_error() -> None:
+    model = tiny("Qwen3")
+    batch = Packing.of([torch.tensor([1, 2, 3]), torch.tensor([4])], [None, 0])
+    before = model.config._attn_implementation
+    batch.states(model.model)
+    assert model.config._attn_implementation == before
+    broken = Packing.of([torch.tensor([10**6])])
+    with pytest.raises(IndexError):
+        broken.states(model.model)
+    assert model.config._attn_implementation == before
+    assert packing._PACKING.get() is None
 
 
 @pytest.mark.parametrize(
     "options", [{"sliding_window": 4, "use_sliding_window": True}, {"_attn_implementation": "flex"}]
 )
-def test_windows_and_other_attention_do_not_share(options: dict[str, Any]) -> None:
+def test_windows_and_other_attention_are_not_packed(options: dict[str, Any]) -> None:
     model = tiny("Qwen3")
     for name, value in options.items():
         setattr(model.config, name, value)
-    assert not states.can_share(model, model.model)
+    assert not states.can_pack(model, model.model)
 
 
-def test_an_architecture_that_ignores_the_positions_it_is_given_does_not_share() -> None:
+def test_an_architecture_that_ignores_the_positions_it_is_given_is_not_packed() -> None:
     model = tiny("Qwen3")
     forward = model.model.forward
 
-    def shifted(*args: Any, position_ids: Tensor | None = None, past_key_values: Any = None, **kwargs: Any) -> Any:
-        if past_key_values is not None and past_key_values.get_seq_length():
-            position_ids = torch.zeros_like(position_ids)
-        return forward(*args, position_ids=position_ids, past_key_values=past_key_values, **kwargs)
+    def shifted(*args: Any, position_ids: Tensor, **kwargs: Any) -> Any:
+        return forward(*args, position_ids=torch.arange(position_ids.shape[1])[None], **kwargs)
 
-    assert states.can_share(model, model.model)
+    assert states.can_pack(model, model.model)
     model.model.forward = shifted
-    assert not states.can_share(model, model.model)
+    assert not states.can_pack(model, model.model)
+
+
+def test_an_attention_with_an_argument_of_its_own_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("Qwen3")
+    attention = model.model.layers[0].self_attn
+    monkeypatch.setattr(attention, "sliding_window", 3)
+    assert not states.can_pack(model, model.model)
 
 
 @pytest.mark.parametrize("call", [0, 3, 20, 10**6])
 def test_buckets_hold_every_row_once_and_no_cut_would_save_more_than_a_call(call: int) -> None:
     lengths = torch.randint(1, 40, (30,), generator=torch.Generator().manual_seed(1)).tolist()
-    found = buckets(lengths, call)
+    found = buckets_of(lengths, call)
     assert sorted(i for bucket in found for i in bucket) == list(range(30))
     for bucket in found:
         sizes = [lengths[i] for i in bucket]
         assert sizes == sorted(sizes, reverse=True)
         assert all((len(sizes) - k) * (sizes[0] - sizes[k]) <= call for k in range(1, len(sizes)))
-    # And every cut that was made was worth it.
     for one, other in itertools.pairwise(found):
-        assert len(other) * (lengths[one[0]] - lengths[other[0]]) > 0
+        assert lengths[one[-1]] > lengths[other[0]]
     assert len(found) == 1 or call < 10**6
