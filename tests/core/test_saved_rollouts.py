@@ -163,3 +163,15 @@ def test_a_message_is_a_mapping_and_stays_one(tmp_path: Path) -> None:
     back = Rollout.from_state(through_disk(tokens()[1].state_dict(), tmp_path))
     prompts: Sequence[Any] = [example.prompt for example in back.examples]
     assert prompts[0] == "1+1=" and prompts[2] == CHAT and isinstance(prompts[2], tuple)
+
+
+@each_world
+def test_a_rollout_that_is_kept_extended_and_saved_again_and_again_does_not_grow(world: Any) -> None:
+    _, fresh = world()
+    kept, sizes = fresh, []
+    for _ in range(6):
+        both = Rollout.concat([fresh, kept])
+        kept = Rollout.from_state(both.select(torch.arange(both.n_trajectories) % 2 == 0).state_dict())
+        kept = kept.select(torch.arange(min(kept.n_trajectories, fresh.n_trajectories)))
+        sizes.append(len(kept.state_dict()["payload"]["pool"]))
+    assert max(sizes) <= fresh.n_trajectories

@@ -110,9 +110,14 @@ class SequencePayload:
             ids=torch.cat([self.ids, later.ids])[order],
         )
 
+    def pruned(self) -> Self:
+        """The same without examples that no trajectory answers: a pool that is kept for long must not grow."""
+        used, owner = torch.unique(self.example_of, return_inverse=True)
+        return dataclasses.replace(self, pool=tuple(self.pool[i] for i in used.tolist()), example_of=owner)
+
     def concat(self, others: Sequence[Self]) -> Self:
         """This payload followed by the others."""
-        parts = (self, *others)
+        parts = [part.pruned() for part in (self, *others)]
         pool: dict[int, int] = {}
         examples: list[Example] = []
         owners = []
@@ -136,7 +141,8 @@ class SequencePayload:
 
     def state_dict(self) -> dict[str, Any]:
         """The fields; examples as plain values."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"pool": plain(self.pool)}
+        kept = self.pruned()
+        return {f.name: getattr(kept, f.name) for f in dataclasses.fields(kept)} | {"pool": plain(kept.pool)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
