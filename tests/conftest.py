@@ -27,7 +27,11 @@ CHECKED = (
     "methods",
     "objectives",
     "regularizers",
+    "rewards.columns",
+    "rewards.judges",
+    "rewards.mixtures",
     "rewards.shaping",
+    "rewards.uncertainty",
 )
 
 # The hook stays for the whole run: modules are imported on demand.

@@ -138,8 +138,19 @@ def make_column(name: str, layout: Layout, generator: torch.Generator) -> tuple[
             return "trajectory", torch.full((count,), max(layout.lengths) + 1)
         case "baseline" | "score_norm":
             return "trajectory", 0.1 + uniform
-        case "truncated" | "label" | "unfinished":
+        case "role":
+            return "trajectory", (5 * uniform).long()
+        case "smoothing":
+            return "trajectory", uniform / 2
+        case "truncated" | "unfinished" | "opponent" | "gold":
             return "trajectory", uniform > 0.6
+        case "label":
+            # Grades with ties: lists, some of them with equal best answers.
+            return "trajectory", (3 * uniform).floor() / 2
+        case "draft":
+            return "trajectory", (3 * uniform).long() - 1
+        case "answer":
+            return "trajectory", (2 * uniform).long()
         case "turn":
             return "step", torch.cat([torch.arange(length) // 2 for length in layout.lengths])
         case "segment":
@@ -180,8 +191,9 @@ def _forest(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def needed(method: Method) -> frozenset[str]:
-    """Every column that must exist before the method's reward part runs."""
-    return method.needs | declared(method.curriculum, "gives") | declared(method.rollout, "gives")
+    """Every column that must exist before the method's reward part runs, and what its filter would add."""
+    given = (declared(part, "gives") for part in (method.curriculum, method.rollout, method.filter))
+    return method.needs.union(*given)
 
 
 def batch(method: Method, layout: Layout = MIXED, seed: int = 0, *, on_policy: bool = False) -> Rollout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -303,9 +304,10 @@ def test_every_method_has_a_page_with_its_facts(staged: Path) -> None:
         assert (staged / "source" / f"{slug.replace('-', '_')}.py").read_text(encoding="utf-8") == source
         for slot, value in method.slots().items():
             assert f"(../parts/{slot}.md" in page
-            for name in getattr(value, "__dataclass_fields__", {}) if getattr(value, "name", "") else ():
-                if value.__dataclass_fields__[name].init and name not in value.state:
-                    assert f"`--{slot}.{name.replace('_', '-')}`" in page
+            own = dataclasses.fields(value) if dataclasses.is_dataclass(value) and getattr(value, "name", "") else ()
+            for field in own:
+                if field.init and field.name not in value.state:
+                    assert f"`--{slot}.{field.name.replace('_', '-')}`" in page
 
 
 def test_every_named_part_is_on_its_slot_s_page(staged: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -111,6 +112,28 @@ def check(
     ``quick`` takes 2 seeds and tiny budgets: the code runs, the verdict means nothing. Raises UsageError when a full
     run is asked for with fewer seeds than a verdict needs.
     """
+    check_seeds(claims, seeds, quick)
+    known: dict[Measure, Measured] = {}
+    outcomes = []
+    for claim in claims:
+        if claim.measure is None:
+            outcomes.append(Outcome(claim, "not testable here"))
+            continue
+        if claim.measure not in known:
+            known[claim.measure] = measured(
+                claim.measure,
+                seeds or (QUICK_SEEDS if quick else SEEDS[claim.world]),
+                quick=quick,
+                tell=tell,
+                what=f"{claim.slug}: {claim.name}",
+            )
+        found = known[claim.measure]
+        outcomes.append(judge(claim, found.rows, found.seconds))
+    return outcomes
+
+
+def check_seeds(claims: Sequence[Claim], seeds: int | None, quick: bool) -> None:
+    """Raise UsageError for fewer seeds than the verdicts of these claims need."""
     if seeds is not None and seeds < 1:
         raise UsageError(f"--seeds must be at least 1, got {seeds}")
     for claim in claims:
@@ -119,23 +142,39 @@ def check(
                 f"a verdict in the {claim.world} world needs at least {LEAST_SEEDS[claim.world]} seeds, got --seeds "
                 f"{seeds}; add --quick to see whether the code runs"
             )
-    rows: dict[Measure, list[Mapping[str, float]]] = {}
-    seconds: dict[Measure, float] = {}
-    outcomes = []
-    for claim in claims:
-        if claim.measure is None:
-            outcomes.append(Outcome(claim, "not testable here"))
-            continue
-        if claim.measure not in rows:
-            count = seeds or (QUICK_SEEDS if quick else SEEDS[claim.world])
-            started = time.monotonic()
-            rows[claim.measure] = []
-            for seed in range(count):
-                tell(f"{claim.slug}: {claim.name}, seed {seed + 1} of {count}")
-                rows[claim.measure].append(claim.measure(seed, quick))
-            seconds[claim.measure] = time.monotonic() - started
-        outcomes.append(judge(claim, rows[claim.measure], seconds[claim.measure]))
-    return outcomes
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row of measurements per seed, and the seconds that they took."""
+
+    rows: Sequence[Mapping[str, float]]
+    seconds: float
+
+
+_TELL: ContextVar[Callable[[str], None]] = ContextVar("tell", default=lambda text: None)
+
+
+def note(text: str) -> None:
+    """From within a long measure: where it is."""
+    _TELL.get()(text)
+
+
+def measured(
+    measure: Measure, seeds: int, *, quick: bool, tell: Callable[[str], None] = lambda text: None, what: str = ""
+) -> Measured:
+    """The measurements of the seeds 0, 1, ...; ``tell`` hears where they are."""
+    started = time.monotonic()
+    rows = []
+    for seed in range(seeds):
+        here = f"{what}, seed {seed + 1} of {seeds}"
+        tell(here)
+        token = _TELL.set(lambda text, here=here: tell(f"{here}, {text}"))  # type: ignore[misc]
+        try:
+            rows.append(measure(seed, quick))
+        finally:
+            _TELL.reset(token)
+    return Measured(rows, time.monotonic() - started)
 
 
 def judge(claim: Claim, rows: Sequence[Mapping[str, float]], seconds: float = 0.0) -> Outcome:

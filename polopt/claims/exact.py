@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from polopt.core.example import Example
 from polopt.core.method import Method, Schedule
 from polopt.core.policy import Request
 from polopt.core.rollout import Rollout
@@ -123,22 +124,30 @@ def start(
     method: Method,
     *,
     seed: int,
-    group: int,
+    group: int = 1,
     prompts: int | None = None,
     optimizer: str = "adam",
+    lr: float | None = None,
     prepare: Callable[[ExactPolicy], None] = lambda policy: None,
     stale: int = 0,
+    examples: Sequence[Example] | None = None,
+    head: str = "tabular",
+    policy: ExactPolicy | None = None,
 ) -> Run:
     """A run of the method on the problem; ``prompts`` per iteration, all of them when left out.
 
-    Batches train ``stale`` updates after they were sampled (`Collector`).
+    ``examples`` are asked instead of the problem's plain ones: answers that are known already, for a method that learns
+    from a data set (`polopt.tasks.preferences.labelled`). ``lr`` replaces the rate of the optimizer. Batches train
+    ``stale`` updates after they were sampled (`Collector`). ``head`` is the policy's (`polopt.policies.exact.heads`);
+    ``policy`` is one to train instead of the problem's own, with its models.
     """
-    policy = problem.policy()
+    policy = problem.policy(head) if policy is None else policy
     prepare(policy)
     rewards = problem.reward_functions()
-    method = at_start(method)
+    method = problem.judged(at_start(method))
     check_needs(method, policy, rewards)
-    lr = {"adam": ADAM, "sgd": SGD}[optimizer]
+    rate = {"adam": ADAM, "sgd": SGD}[optimizer] if lr is None else lr
+    pool = problem.examples() if examples is None else tuple(examples)
     makes: dict[str, Any] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
     quiet = Profiler(enabled=False)
     trainer = Trainer(
@@ -146,17 +155,17 @@ def start(
         method=method,
         collect=Collector(
             policy,
-            problem.examples(),
+            pool,
             Scorer(rewards),
-            prompts=prompts or problem.batch,
+            prompts=prompts or len(pool),
             group=group,
             limit=problem.space.length,
             token_budget=BUDGET,
             profiler=quiet,
             stale=stale,
         ),
-        optimizer=makes[optimizer](policy.parameters(), lr),
-        optimization=Optimization(lr, token_budget=BUDGET),
+        optimizer=makes[optimizer](policy.parameters(), rate),
+        optimization=Optimization(rate, token_budget=BUDGET),
         budget=Budget(steps=1_000_000),
         run=Path(tempfile.gettempdir()),
         trackers=Trackers({}),

@@ -74,17 +74,20 @@ def trained(
     quick: bool,
     steps: int,
     level: tuple[int, ...] = (),
+    rewards: tuple[str, ...] = (),
     slots: Mapping[str, Any] | None = None,
     prepare: Callable[[Example], Example] = lambda example: example,
+    at_start: Callable[[Trainer], None] = lambda trainer: None,
 ) -> Trainer:
-    """The trainer of a default run of 16 x 8 at its end, on the given levels.
+    """The trainer of a default run of 16 x 8 at its end, on the given levels, by the task's rewards or these.
 
-    ``prepare`` is applied to every training example; ``slots`` are whole parts in the place of the method's. ``quick``
-    makes two iterations of a few answers.
+    ``prepare`` is applied to every training example; ``slots`` are whole parts in the place of the method's;
+    ``at_start`` sees the trainer before its first step. ``quick`` makes two iterations of a few answers.
     """
-    with _trainer(method, seed=seed, quick=quick, steps=steps, level=level) as trainer:
+    with _trainer(method, seed=seed, quick=quick, steps=steps, level=level, reward=rewards) as trainer:
         trainer.method = trainer.method | (slots or {})
         trainer.collect = replace(trainer.collect, pool=[prepare(example) for example in trainer.collect.pool])
+        at_start(trainer)
         for _ in range(trainer.budget.steps or 0):
             trainer.step()
     return trainer

@@ -66,7 +66,7 @@ def claim_command(arguments: Sequence[str]) -> int:
     silence_libraries()
     console = make_console()
     commit = current_commit()
-    table = _table()
+    table = outcome_table()
     with Status("", console=console) as status:
         for members in chosen.values():
             outcomes = check(
@@ -76,7 +76,7 @@ def claim_command(arguments: Sequence[str]) -> int:
                 tell=lambda text: status.update(f"[bold]claims[/bold] {escape(text)}"),
             )
             for outcome in outcomes:
-                _add_row(table, outcome, judged=not options["quick"])
+                add_outcome(table, outcome, judged=not options["quick"])
             if ledger is not None:
                 rows = [
                     entry(outcome, command=_command(outcome, options), commit=commit, quick=options["quick"])
@@ -125,7 +125,8 @@ def _command(outcome: Outcome, options: dict[str, object]) -> str:
     return " ".join([*words, "--quick"] if options["quick"] else words)
 
 
-def _table() -> Table:
+def outcome_table() -> Table:
+    """The table of verdicts, without rows."""
     table = Table("claim", "metric", "claimed", "effect", "95% interval", "seeds", "s", "verdict", show_lines=True)
     for index in (3, 4, 5, 6):
         table.columns[index].no_wrap = True
@@ -133,7 +134,8 @@ def _table() -> Table:
     return table
 
 
-def _add_row(table: Table, outcome: Outcome, *, judged: bool) -> None:
+def add_outcome(table: Table, outcome: Outcome, *, judged: bool) -> None:
+    """One row; the verdict is left out where nothing is ``judged``."""
     claim = outcome.claim
     within = f"\n± {claim.margin:g}" if claim.margin else ""
     said = outcome.verdict if judged else "not judged"

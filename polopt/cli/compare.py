@@ -36,6 +36,7 @@ A contender is a method, alone or with slots and fields of its parts replaced, q
 given outside the quotes hold for every contender.
   polopt compare grpo dapo --task countdown --budget rollouts=5000
   polopt compare grpo "grpo --advantage leave-one-out" grpo+objective.high=0.28
+  polopt compare dpo dpo+pairs=on-policy grpo --task countdown
   polopt compare grpo gspo --problem binary-verifier:pass_rate=0.1 --seeds 10
   polopt compare grpo vcpo --problem multi-step --stale 0 4 16 64"""
 
@@ -93,7 +94,8 @@ OUTPUT = (
 )
 _RUN = {
     "model and data": (
-        *("model", "level", "data", "eval_data", "split", "map", "reward", "on_reward_error", "reward_timeout"),
+        *("model", "level", "data", "eval_data", "split", "map"),
+        *("reward", "pairs", "on_reward_error", "reward_timeout"),
     ),
     "batch and optimizer": (
         *("prompts", "group", "lr", "lr_schedule", "warmup", "weight_decay", "beta1", "beta2"),
@@ -193,7 +195,8 @@ def make_plan(given: Given, options: Mapping[str, Any], slots: Mapping[str, str]
     """
     from polopt.compare.plan import Plan, make_worlds, parse_budget, parse_contender
 
-    contenders = tuple(parse_contender(text, slots) for text in given.positional or ())
+    pairs = given.options.get("pairs", "data")
+    contenders = tuple(parse_contender(text, slots, pairs=pairs) for text in given.positional or ())
     worlds = make_worlds(options["task"], options["problem"], options["data"], contenders, options["stale"])
     exact = worlds[0].exact
     if options["budget"] is None and not exact and options["model"] is not None:

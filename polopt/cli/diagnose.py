@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,6 +18,7 @@ from polopt.cli.output import check_json_path, make_console, write_json
 from polopt.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from polopt.core.method import Method
     from polopt.diagnosis.diagnose import Bias, Diagnosis, Signal
     from polopt.tasks.problems import Problem
 
@@ -45,6 +46,12 @@ PROBLEM = (
     Option("seed", int, 0, "Of the problem, and of sampling where enumeration is out of reach.", "N"),
 )
 ESTIMATE = (
+    Option(
+        "pairs",
+        Literal["data", "on-policy"],
+        "data",
+        "on-policy: a method that learns from a data set is measured on pairs of the policy's own answers.",
+    ),
     Option("prompts", int, 8, "Groups per batch of a method whose groups depend on their batch.", "N"),
     Option("seconds", float, 10.0, "Longest search for the fixed point of a method.", "X"),
 )
@@ -76,12 +83,16 @@ def diagnose_command(arguments: Sequence[str]) -> int:
         raise UsageError("name a method: polopt diagnose METHOD; `polopt methods` lists them")
     targets = _targets(options)
 
-    from polopt.core.override import override
     from polopt.diagnosis.diagnose import diagnose
     from polopt.diagnosis.plot import plot_diagnosis
     from polopt.methods import get_method
+    from polopt.training.build import composed
 
-    methods = [override(get_method(slug), slots) for slug in slugs]
+    def made(method: Method) -> Method:
+        # Methods that sample in any case are measured beside those that need not.
+        return composed(method, slots, pairs=options["pairs"] if method.offline else "data")
+
+    methods = [made(get_method(slug)) for slug in slugs]
     problem = _problem(options, given.options)
     console = make_console()
     found: dict[str, Diagnosis] = {}

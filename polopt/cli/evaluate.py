@@ -60,7 +60,7 @@ def eval_command(arguments: Sequence[str]) -> int:
     if not given.pop("verbose", False):
         silence_libraries()
     sampling = {option.name: given.pop(option.name) for option in SAMPLING if option.name in given}
-    config = make_config({**given, "model": _model_of(given.get("model"))})
+    config = make_config({**given, "model": model_of(given.get("model"))})
     console = make_console()
     with console.status("loading") as status:
         name, metrics = evaluate(config, sampling, status.update)
@@ -70,7 +70,7 @@ def eval_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _model_of(path: str | None) -> str | None:
+def model_of(path: str | None) -> str | None:
     """A run's folder stands for the model in it."""
     if path is not None and (Path(path) / "config.yaml").is_file() and (Path(path) / "model").is_dir():
         return str(Path(path) / "model")

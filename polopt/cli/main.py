@@ -33,8 +33,10 @@ class Command:
 COMMANDS = {
     "train": Command("polopt.cli.train", "train_command", "improve a policy by a method"),
     "eval": Command("polopt.cli.evaluate", "eval_command", "measure a policy on held-out prompts"),
+    "pairs": Command("polopt.cli.pairs", "pairs_command", "sample, judge and write a preference data set"),
     "diagnose": Command("polopt.cli.diagnose", "diagnose_command", "measure a method's gradient by enumeration"),
     "claim": Command("polopt.cli.claim", "claim_command", "test a paper's claim at small scale"),
+    "study": Command("polopt.cli.study", "study_command", "rerun the comparison of a paper, with its figure"),
     "compare": Command("polopt.cli.compare", "compare_command", "compare methods under one budget: better, or noise?"),
     "leaderboard": Command("polopt.cli.leaderboard", "leaderboard_command", "compare every method with a baseline"),
     "methods": Command("polopt.cli.catalog", "methods_command", "list the methods"),

@@ -37,7 +37,7 @@ CONTROL = (
 TITLES = {
     "method and problem": (
         *("method", "model", "task", "level", "data", "eval_data", "split", "map"),
-        *("reward", "on_reward_error", "reward_timeout"),
+        *("reward", "pairs", "on_reward_error", "reward_timeout"),
     ),
     "budget": ("steps", "seconds", "tokens", "rollouts"),
     "batch and optimizer": (

@@ -18,7 +18,7 @@ COLOURS: Final = (
     *("#1f6fb4", "#d9741a", "#2e8b57", "#9b4f96", "#c43d4b", "#7a6a58", "#17a2a2", "#c2a000", "#5b6ee1", "#8a8f98"),
     *("#e58fb1", "#5d8c1d", "#12355b", "#b5651d", "#7fc4e8", "#4d1f4a"),
 )
-_INK, _GRID, _GREY = "#444444", "#e6e8eb", "#8a8f98"
+INK, _GRID, _GREY = "#444444", "#e6e8eb", "#8a8f98"
 _UNITS: Final = 6
 """Columns of the grid; panels are 2, 3 or 4 of them wide."""
 
@@ -89,21 +89,22 @@ def plot_report(report: Report, title: str, path: Path) -> None:
         frameon=False,
         columnspacing=2,
     )
-    figure.suptitle(title, x=0.012, ha="left", fontsize=12, color=_INK)
+    figure.suptitle(title, x=0.012, ha="left", fontsize=12, color=INK)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
-def _dress(axis: Any, title: str) -> None:
+def dress(axis: Any, title: str) -> None:
+    """A panel's title, grid and frame."""
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axis.grid(True, color=_GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=9, colors=_INK)
+    axis.tick_params(labelsize=9, colors=INK)
 
 
 def _curves(axis: Any, report: Report, world: str, name: str, title: str, colour: dict[str, str]) -> None:
-    _dress(axis, title)
+    dress(axis, title)
     for index, entry in enumerate(report.entries):
         line: Curve = entry.curves[world][name]
         shade = colour[entry.contender.label]
@@ -118,7 +119,7 @@ def _curves(axis: Any, report: Report, world: str, name: str, title: str, colour
             "target", (0.995, target), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
         )
     axis.set_xlim(left=0)
-    axis.set_xlabel("rollouts", fontsize=9, color=_INK)
+    axis.set_xlabel("rollouts", fontsize=9, color=INK)
 
 
 def _places(report: Report) -> list[str]:
@@ -132,10 +133,10 @@ def _staleness(axis: Any, report: Report, place: str, colour: dict[str, str]) ->
     collapsed, a cross.
     """
     worlds = sorted((w for w in report.comparison.plan.worlds if w.place == place), key=lambda w: w.stale)
-    _dress(axis, f"Final score against staleness: {place}")
+    dress(axis, f"Final score against staleness: {place}")
     before = sum(report.before[world.label] for world in worlds) / len(worlds)
     axis.axhline(before, color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
-    axis.annotate("before training", (0, before), (0, 3), textcoords="offset points", fontsize=8, color=_INK)
+    axis.annotate("before training", (0, before), (0, 3), textcoords="offset points", fontsize=8, color=INK)
     for entry in report.entries:
         shade = colour[entry.contender.label]
         values = [entry.by_world[world.label] for world in worlds]
@@ -149,7 +150,7 @@ def _staleness(axis: Any, report: Report, place: str, colour: dict[str, str]) ->
     axis.set_xlabel(
         "updates between sampling and learning; a cross: half of the runs or more lost most of what they had gained",
         fontsize=9,
-        color=_INK,
+        color=INK,
     )
     last = worlds[-1].label
     axis.set_xlim(-0.12, len(worlds) - 1 + 0.13 * len(worlds))
@@ -184,14 +185,14 @@ def apart(places: Sequence[float], gap: float) -> list[float]:
 def _differences(axis: Any, report: Report, colour: dict[str, str]) -> None:
     """Paired differences from the first contender, the overall one large and those of several worlds small below it."""
     baseline = report.baseline.contender.label
-    _dress(axis, f"Final score minus that of {_short(baseline)}")
+    dress(axis, f"Final score minus that of {_short(baseline)}")
     others = [entry for entry in report.entries if entry.versus is not None]
     if not others:
-        axis.text(0.5, 0.5, "one contender: nothing to compare with", ha="center", transform=axis.transAxes, color=_INK)
+        axis.text(0.5, 0.5, "one contender: nothing to compare with", ha="center", transform=axis.transAxes, color=INK)
         axis.set_xticks([])
         axis.set_yticks([])
         return
-    axis.axvline(0, color=_INK, linewidth=1)
+    axis.axvline(0, color=INK, linewidth=1)
     several = len(report.comparison.plan.worlds) > 1
     height = 0.0
     for entry in others:
@@ -219,12 +220,12 @@ def _differences(axis: Any, report: Report, colour: dict[str, str]) -> None:
         axis.set_xlim(left - 0.42 * (right - left), right)
     else:
         axis.set_ylim(height + 0.5, 0.6)
-    axis.set_xlabel(f"paired by seed, {report.level:.0%} interval", fontsize=9, color=_INK)
+    axis.set_xlabel(f"paired by seed, {report.level:.0%} interval", fontsize=9, color=INK)
 
 
 def _seeds(axis: Any, report: Report, colour: dict[str, str]) -> None:
     """The final score of every seed, averaged over worlds; a line joins the runs of one seed."""
-    _dress(axis, "Final score of every seed")
+    dress(axis, "Final score of every seed")
     table = [_by_seed(report, entry) for entry in report.entries]
     for column in zip(*table, strict=True):
         axis.plot(range(len(column)), column, color="#c9cdd2", linewidth=0.9, zorder=1)
@@ -237,7 +238,7 @@ def _seeds(axis: Any, report: Report, colour: dict[str, str]) -> None:
     axis.tick_params(axis="x", length=0)
     axis.set_xlim(-0.6, len(table) - 0.4)
     axis.grid(False, axis="x")
-    axis.set_xlabel("lines join runs of one seed, bars are means", fontsize=9, color=_INK)
+    axis.set_xlabel("lines join runs of one seed, bars are means", fontsize=9, color=INK)
 
 
 def _by_seed(report: Report, entry: Entry) -> Sequence[float]:

@@ -41,37 +41,49 @@ def write_page(
     report: Report, path: Path, *, figure: Path, command: str, settings: Mapping[str, Any], made: Mapping[str, Any]
 ) -> None:
     """Write the page; the figure is put into it."""
-    image = base64.b64encode(figure.read_bytes()).decode()
     body = "\n".join(
         (
             f"<h1>{escape(title_of(report))}</h1>",
             f'<p class="lead">{escape(headline(report))}</p>',
             f'<p class="note">{escape(cost(report))}</p>',
             _results(report),
-            f'<img alt="Learning curves, paired differences and final scores" src="data:image/png;base64,{image}">',
+            image(figure, "Learning curves, paired differences and final scores"),
             _along(report),
             _worlds(report),
             _trials(report),
             _parts(report),
             "<h2>How it was run</h2>",
             f"<pre>{escape(command)}</pre>",
-            _pairs({**made, **settings}),
+            settings_table({**made, **settings}),
         )
     )
+    write_html(title_of(report), body, path)
+
+
+def write_html(title: str, body: str, path: Path) -> None:
+    """A page of its own around a body of HTML, in the style of all of them."""
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title_of(report))}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
+
+
+def image(path: Path, about: str) -> str:
+    """A picture as part of a page."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{escape(about)}" src="data:image/png;base64,{data}">'
 
 
 Cell = str | tuple[str, str]
 """HTML, or HTML with the classes of its cell."""
 
 
-def _table(head: Sequence[Cell], rows: Iterable[Sequence[Cell]]) -> str:
+def table(head: Sequence[Cell], rows: Iterable[Sequence[Cell]]) -> str:
+    """A table in HTML."""
+
     def cell(tag: str, value: Cell) -> str:
         text, classes = value if isinstance(value, tuple) else (value, "")
         return f'<{tag} class="{classes}">{text}</{tag}>' if classes else f"<{tag}>{text}</{tag}>"
@@ -121,7 +133,7 @@ def _results(report: Report) -> str:
         "bootstrap for the means and the probability, Student's for the paired difference. A difference is called when "
         "its whole interval lies on one side of zero; the intervals are not corrected for the number of contenders."
     )
-    return "<h2>Final score</h2>" + _table(head, rows) + f'<p class="note">{note}</p>'
+    return "<h2>Final score</h2>" + table(head, rows) + f'<p class="note">{note}</p>'
 
 
 def _along(report: Report) -> str:
@@ -158,7 +170,7 @@ def _along(report: Report) -> str:
     )
     if report.comparison.plan.unit == "seconds":
         note += " The budget is wall time: it depends on the machine and on what else it did."
-    return "<h2>On the way</h2>" + _table(head, rows) + f'<p class="note">{note}</p>'
+    return "<h2>On the way</h2>" + table(head, rows) + f'<p class="note">{note}</p>'
 
 
 def _worlds(report: Report) -> str:
@@ -185,7 +197,7 @@ def _worlds(report: Report) -> str:
         "Final score, and below it the difference to the first contender. A run has collapsed where it ended without "
         f"half of what it had gained at its best ({LEAST_GAIN:g} at least) over the initial policy."
     )
-    return "<h2>World by world</h2>" + _table(head, rows) + f'<p class="note">{note}</p>'
+    return "<h2>World by world</h2>" + table(head, rows) + f'<p class="note">{note}</p>'
 
 
 def _trials(report: Report) -> str:
@@ -203,7 +215,7 @@ def _trials(report: Report) -> str:
         rows.append([escape(label), escape(world), *cells])
     note = f"Mean final score over {plan.tune_seeds} seeds that the comparison does not use; the chosen rate is bold."
     note += f" {escape(edges(report))}"
-    return "<h2>Choice of the learning rate</h2>" + _table(head, rows) + f'<p class="note">{note}</p>'
+    return "<h2>Choice of the learning rate</h2>" + table(head, rows) + f'<p class="note">{note}</p>'
 
 
 def _parts(report: Report) -> str:
@@ -223,16 +235,17 @@ def _parts(report: Report) -> str:
     }
     rows.append(["learning rate", *((rate, "parts") for rate in rates.values())])
     head: list[Cell] = ["slot", *(_name(report, entry) for entry in report.entries)]
-    return "<h2>What differs</h2>" + _table(head, rows)
+    return "<h2>What differs</h2>" + table(head, rows)
 
 
-def _pairs(values: Mapping[str, Any]) -> str:
+def settings_table(values: Mapping[str, Any]) -> str:
+    """Settings by name; those that are empty are left out."""
     rows: list[list[Cell]] = [
         [escape(name), (escape(_shown(value)), "parts")]
         for name, value in values.items()
         if value not in (None, [], {})
     ]
-    return _table(["setting", "value"], rows)
+    return table(["setting", "value"], rows)
 
 
 def _shown(value: Any) -> str:

@@ -13,13 +13,13 @@ from typing import Any, Final
 
 from polopt.core.errors import UsageError
 from polopt.core.method import Method
-from polopt.core.override import coerce, override
+from polopt.core.override import coerce
 from polopt.core.part import check_slot
 from polopt.methods import get_method
 from polopt.tasks.problems import options_of, problem
 from polopt.tasks.registry import get_task
 from polopt.training.budget import UNITS, Unit
-from polopt.training.build import default_task, resolve
+from polopt.training.build import composed, default_task, resolve
 from polopt.training.config import RunConfig, make_config, slot_key
 
 EXACT_LR: Final = 0.03
@@ -33,32 +33,37 @@ TUNING_SEED: Final = 1_000_000
 
 # What does not change the result of a run, or is set by the comparison itself.
 _OWN: Final = frozenset(
-    {"method", "slots", "seed", "task", "lr", "out", "track", "save_every", "keep", "eval_every", "profile", "threads"}
-    | set(UNITS)
+    {"method", "slots", "pairs", "seed", "task", "lr", "out", "track", "save_every", "keep", "eval_every", "profile"}
+    | {"threads", *UNITS}
 )
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A method, some of its slots and fields of parts replaced. ``label`` names it in tables and figures."""
+    """A method, some of its slots and fields of parts replaced. ``label`` names it in tables and figures.
+
+    ``pairs`` is the setting of that name: whether a method that learns from a data set samples its own answers.
+    """
 
     label: str
     slug: str
     slots: Mapping[str, str]
+    pairs: str = "data"
 
     def method(self) -> Method:
         """The composition of parts. Raises UsageError for an unknown method, slot, part or field."""
         try:
-            return override(get_method(self.slug), self.slots)
+            return composed(get_method(self.slug), self.slots, pairs=self.pairs)
         except UsageError as error:
             raise UsageError(f"contender {self.label!r}: {error}") from None
 
 
-def parse_contender(text: str, shared: Mapping[str, str] = MappingProxyType({})) -> Contender:
+def parse_contender(text: str, shared: Mapping[str, str] = MappingProxyType({}), *, pairs: str = "data") -> Contender:
     """Read ``grpo``, ``"grpo --advantage stratified --objective.high 0.28"`` or ``grpo+advantage=stratified``.
 
-    ``shared`` are settings of every contender, which its own replace. Raises UsageError for anything else, and for an
-    unknown method, slot, part or field.
+    ``dpo+pairs=on-policy`` samples what it would read from a data set; ``pairs`` holds for those contenders that learn
+    from one and do not say. ``shared`` are settings of every contender, which its own replace. Raises UsageError for
+    anything else, and for an unknown method, slot, part or field.
     """
     words = _words(text)
     slug, *rest = words
@@ -72,6 +77,9 @@ def parse_contender(text: str, shared: Mapping[str, str] = MappingProxyType({}))
                 raise UsageError(f"contender {text!r}: {flag} needs a value")
             value = rest.pop(0)
         name = flag[2:].removeprefix("slots.")
+        if name == "pairs":
+            own[name] = value
+            continue
         try:
             check_slot(name.partition(".")[0])
         except UsageError as error:
@@ -80,7 +88,8 @@ def parse_contender(text: str, shared: Mapping[str, str] = MappingProxyType({}))
     label = "+".join([slug, *(f"{name}={value}" for name, value in own.items())])
     # Fields of a part that this contender replaces are not the new part's.
     kept = {key: value for key, value in shared.items() if key.partition(".")[0] not in own}
-    made = Contender(label, slug, {**kept, **own})
+    source = own.pop("pairs", pairs if get_method(slug).offline else "data")
+    made = Contender(label, slug, {**kept, **own}, source)
     made.method()
     return made
 
@@ -193,7 +202,7 @@ class Job:
     @cached_property
     def method(self) -> Method:
         """The composition of parts that is trained."""
-        return override(get_method(self.config.method), self.config.slots)
+        return composed(get_method(self.config.method), self.config.slots, pairs=self.config.pairs)
 
     @property
     def name(self) -> str:
@@ -247,6 +256,8 @@ class Plan:
         """The run of a contender in a world."""
         settings: dict[str, Any] = {name: value for name, value in self.settings.items() if name not in _OWN}
         settings |= {"method": contender.slug, "slots": dict(contender.slots), "seed": seed, self.unit: self.limit}
+        if contender.pairs != "data":
+            settings["pairs"] = contender.pairs
         if world.stale:
             settings["stale"] = world.stale
         if self.unit != "seconds":

@@ -23,6 +23,7 @@ from polopt.core.method import Method
 from polopt.core.policy import Request
 from polopt.policies.exact import ExactPolicy, enumeration
 from polopt.rewards.scoring import Scorer
+from polopt.tasks.preferences import labelled
 from polopt.tasks.problems import Problem, problem
 from polopt.training import metrics_names as names
 from polopt.training.budget import Budget
@@ -37,6 +38,8 @@ from polopt.training.trainer import Optimization, Trainer
 
 SERIES: Final = {"rollouts": names.NUM_ROLLOUTS, "reward": names.REWARD, "entropy": names.ENTROPY}
 SERIES_LENGTH: Final = names.MEAN_LENGTH
+ANSWERED: Final = 64
+"""Labelled examples of each problem of the exact world, for a method that learns from a data set."""
 
 Measure = Callable[[], dict[str, float]]
 Tell = Callable[[float], None]
@@ -170,7 +173,7 @@ def _exact(job: Job, folder: Path) -> tuple[Trainer, Measure]:
     config, world = job.config, job.world
     # Another seed is another problem of the kind.
     made = problem(str(world.problem), batch=world.problems, seed=config.seed, **world.options)
-    method = make_method(config)
+    method = made.judged(make_method(config))
     policy = made.policy()
     rewards = made.reward_functions()
     check_needs(method, policy, rewards)
@@ -181,7 +184,7 @@ def _exact(job: Job, folder: Path) -> tuple[Trainer, Measure]:
         method=method,
         collect=Collector(
             policy,
-            made.examples(),
+            _asked(method, made, config.seed),
             Scorer(rewards, config.on_reward_error, config.reward_timeout),
             config.prompts,
             config.group,
@@ -202,6 +205,13 @@ def _exact(job: Job, folder: Path) -> tuple[Trainer, Measure]:
         tolerance=1e-6,
     )
     return trainer, lambda: _expectations(policy, made)
+
+
+def _asked(method: Method, made: Problem, seed: int) -> Sequence[Example]:
+    """The problems, or answers to them by the initial policy with labels, for a method that learns from a data set."""
+    if not method.offline:
+        return made.examples()
+    return labelled(made, ANSWERED * made.batch, kind=method.rollout.form, seed=seed)
 
 
 @torch.no_grad()

@@ -80,6 +80,20 @@ class Method:
         """The same method with its own state, for one run."""
         return dataclasses.replace(self, **{str(slot): clone(value) for slot, value in self.slots().items()})
 
+    @property
+    def offline(self) -> bool:
+        """Whether it learns from answers that examples bring, beside which it may sample its own."""
+        return bool(getattr(self.rollout, "offline", False))
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether its examples must bring answers that are known: it is offline, compares its own with them, or has a
+        model that is trained on them.
+        """
+        recipes = (getattr(model, "recipe", None) for model in self.models_in_use.values())
+        own = self.offline or bool(getattr(self.rollout, "reads_answers", False))
+        return own or any(recipe.reads_answers for recipe in recipes if recipe is not None)
+
     # --- what it needs ------------------------------------------------------------------------------------------
 
     @property
@@ -98,7 +112,9 @@ class Method:
     @property
     def evaluates(self) -> frozenset[str]:
         """Functionals of the current policy that the loss reads."""
-        return frozenset({"logp"}) | declared(self.objective, "evaluates") | declared(self.regularizer, "evaluates")
+        members = (*flatten(self.objective), *flatten(self.regularizer))
+        logp = frozenset({"logp"} if any(getattr(member, "reads_logp", True) for member in members) else ())
+        return logp | declared(self.objective, "evaluates") | declared(self.regularizer, "evaluates")
 
     @property
     def models_in_use(self) -> dict[str, Any]:
@@ -175,7 +191,7 @@ class Method:
         multiplied by the weight of their step where a weight part is present. Parts see 0 for everything evaluated at
         masked steps, and the gradient there is exactly 0; a part with a ``mask`` of its own has other masked steps.
         """
-        value = evaluation.logp.new_zeros((), dtype=torch.float32)
+        value = torch.zeros((), device=rollout.device)
         metrics: dict[str, Tensor] = {}
         # What each member sees: members that train on the same steps share it.
         views = {name: rollout.under(name) for name in self.masks}

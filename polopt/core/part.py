@@ -46,10 +46,17 @@ class Part:
       values depend on other groups says "batch".
     - ``vanishes_with``: a step column; where it is zero on a whole trajectory (on a whole group, for a unit of groups)
       the part's gradient is zero there, and the update may leave it out.
+    - ``reads_logp``: whether an objective or regularizer reads the log-probs; they are not computed where none does.
     - ``mask``: the step column that says where an objective or regularizer trains; what it evaluates is 0 elsewhere,
       and its terms are averaged over those steps. ``mask/critic`` is one for a loss of the critic.
     - ``uses``: models with which a rollout part samples.
+    - ``offline``: a rollout part that learns from answers which examples bring; its trajectories have no log-probs of a
+      sampler, and are judged by reward functions only where some part needs a reward.
+    - ``reads_answers``: a part that needs examples whose answers are known, although it samples too.
     - ``state``: names of attributes that change while training; saved in checkpoints, checked by name on load.
+
+    A model with a ``recipe``, a method, is trained by it for ``steps`` iterations before the run's first, from the
+    policy's start, to which the policy then goes back; None trains nothing.
 
     A part with a method ``observe(rollout, evaluate)`` learns from every iteration. It is called after the updates with
     all answers that were drawn (probes are none), filtered or not, as the reward parts left them. ``evaluate(rollout,
@@ -64,7 +71,10 @@ class Part:
     evaluates: ClassVar[frozenset[str]] = frozenset()
     unit: ClassVar[Unit] = "step"
     vanishes_with: ClassVar[str | None] = None
+    reads_logp: ClassVar[bool] = True
     mask: ClassVar[str] = "mask"
+    offline: ClassVar[bool] = False
+    reads_answers: ClassVar[bool] = False
     state: ClassVar[tuple[str, ...]] = ()
 
     @property

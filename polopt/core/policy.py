@@ -44,7 +44,9 @@ class Sampling:
     itself (1 where that is 0). With ``nucleus_of`` only the top-p nucleus (``nucleus_p``) of that model of the policy
     may be drawn, whatever the policy itself makes of it: at least its ``nucleus_min`` most likely actions, and always
     those that end a trajectory and other special ones; the step column ``kept`` says which, one bit per action, and
-    `MASKED` are functionals of the policy on them alone. A trajectory ends at its policy's own end, at one of
+    `MASKED` are functionals of the policy on them alone. With ``mixture_of`` actions are drawn, step by step, from the
+    geometric mixture softmax(((1 - b) l + b l_m) / temperature) of the policy (logits l) and that model of it (l_m),
+    b = ``mixture_weight``: 0 is the policy, 1 the model. A trajectory ends at its policy's own end, at one of
     ``stop_ids``, at the token that completes one of the ``stop`` strings, or after ``max_new_tokens`` (None leaves that
     to the task).
 
@@ -62,6 +64,8 @@ class Sampling:
     nucleus_of: str | None = None
     nucleus_p: float = 0.9
     nucleus_min: int = 1
+    mixture_of: str | None = None
+    mixture_weight: float = 0.5
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -82,6 +86,8 @@ class Sampling:
             raise UsageError(f"nucleus_p is {self.nucleus_p}; it must be above 0 and at most 1 (1 keeps every action)")
         if self.nucleus_min < 1:
             raise UsageError(f"nucleus_min is {self.nucleus_min}; it must be at least 1")
+        if not 0 <= self.mixture_weight <= 1:
+            raise UsageError(f"mixture_weight is {self.mixture_weight}; it must be between 0 (the policy) and 1")
         if any(token < 0 for token in self.stop_ids):
             raise UsageError(f"stop_ids is {self.stop_ids}; token ids must be at least 0")
 
@@ -101,7 +107,8 @@ class Sampling:
 
         Greedy tokens, where nothing else is asked for, count as the policy's own.
         """
-        return self.truncates or self.policy_temperature not in (None, self.temperature)
+        mixed = self.mixture_of is not None
+        return self.truncates or mixed or self.policy_temperature not in (None, self.temperature)
 
 
 OF_MODELS: Final = ("logp", "hellinger", "kl")
@@ -248,12 +255,17 @@ class Policy(Protocol):
         """
         ...
 
-    def write(self, requests: Sequence[Request], texts: Sequence[str]) -> Rollout:
+    def write(self, requests: Sequence[Request], texts: Sequence[Text], *, end: bool = False) -> Rollout:
         """One trajectory per request whose steps are given, not sampled: the actions that spell the text.
 
         With ``action``, ``truncated`` (no), ``version`` and ``source`` (dataset), and no log-probs: what an environment
-        said, a demonstration, an answer of a preference pair. Raises UsageError for a text of no action.
+        said, a demonstration, an answer of a preference pair. ``end`` adds the action that ends a trajectory where the
+        text has none. Raises UsageError for a text of no action.
         """
+        ...
+
+    def corrupted(self, rollout: Rollout, corruption: Corruption) -> Rollout:
+        """The same trajectories after spoilt prompts: what `evaluate` says of them, of models too, is under these."""
         ...
 
     def room(self, rollout: Rollout) -> list[int]:
@@ -270,6 +282,10 @@ class Policy(Protocol):
 
     def add_model(self, name: str) -> None:
         """Freeze the present weights as the model ``name``; `evaluate` then knows its functionals (`OF_MODELS`)."""
+        ...
+
+    def load_model(self, name: str, folder: Path) -> None:
+        """`add_model` with the weights that `save` wrote to a folder; raises UsageError where they do not fit."""
         ...
 
     def add_view(self, name: str, corruption: Corruption) -> None:

@@ -38,6 +38,8 @@ class Source(IntEnum):
     """A continuation that measures the value of a prefix; it does not train."""
     TEMPERED = 6
     """Drawn from the policy at another temperature, beside what the policy answers."""
+    OPPONENT = 7
+    """Drawn from another policy, for the policy's answers to be compared with."""
 
 
 class Payload(Protocol):
@@ -125,7 +127,8 @@ class Rollout:
     ``reward`` (NaN: could not be computed), ``reward/<name>``, ``score`` (the task's reward before a method shapes it),
     ``source``, ``version`` (of the weights that sampled it), ``truncated`` (cut by a length limit), ``limit`` (the
     budget of steps it had), ``unfinished`` (goes on in the next iteration; rewards are 0 until it ends), ``before``
-    (steps that earlier iterations sampled).
+    (steps that earlier iterations sampled), ``win`` (how often it beats the others of its group), ``beats`` [M, K]
+    (how often it beats member k) and ``member`` (which k it is).
     """
 
     lengths: Int[Tensor, " trajectory"]
@@ -333,7 +336,8 @@ class Rollout:
         # The normalisers are those of the batch, whatever a part does to the mask of a piece of it.
         made = dataclasses.replace(self, columns={level: {**kept[level], **given[level]} for level in LEVELS})
         # What follows from the layout, and from the mask where that stays, need not be computed again.
-        for name in (*_OF_LAYOUT, *(() if "mask" in new else _OF_MASK)):
+        masked = any(name.partition("/")[0] == "mask" for name in new)
+        for name in (*_OF_LAYOUT, *(() if masked else _OF_MASK)):
             if name in self.__dict__:
                 made.__dict__[name] = self.__dict__[name]
         return made
@@ -413,6 +417,12 @@ class Rollout:
     def sum_steps(self, values: Float[Tensor, " step"]) -> Float[Tensor, " trajectory"]:
         """Sum over the trainable steps of each trajectory."""
         return segments.run_sum(self.kept(values), self.lengths)
+
+    @cached_property
+    def last_step(self) -> Int[Tensor, " trajectory"]:
+        """Place of the last trainable step of each trajectory; -1 where there is none."""
+        last = segments.segment_is_last(self.trajectory, self.n_trajectories, mask=self.mask).nonzero().flatten()
+        return torch.full_like(self.lengths, -1).index_copy(0, self.trajectory[last], last)
 
     def mean_steps(self, values: Float[Tensor, " step"]) -> Float[Tensor, " trajectory"]:
         """Mean over the trainable steps of each trajectory; 0 where there are none."""
@@ -514,7 +524,11 @@ class Rollout:
 
     @classmethod
     def concat(cls, rollouts: Sequence[Self]) -> Self:
-        """One rollout after the other; their groups stay apart. They must have the same columns."""
+        """One rollout after the other; their groups stay apart. They must have the same columns.
+
+        Rows of one column may differ in width, as those of ``beats`` do where groups differ in size: the shorter ones
+        are filled up with NaN.
+        """
         first = rollouts[0]
         names = set(first.names())
         for other in rollouts[1:]:
@@ -528,7 +542,7 @@ class Rollout:
             torch.cat([r.lengths for r in rollouts]),
             torch.cat([r.group + offset for r, offset in zip(rollouts, offsets, strict=True)]),
             {
-                level: {n: torch.cat([r.columns[level][n] for r in rollouts]) for n in first.columns.get(level, {})}
+                level: {n: _stacked([r.columns[level][n] for r in rollouts]) for n in first.columns.get(level, {})}
                 for level in LEVELS
             },
             payload,
@@ -657,6 +671,15 @@ class Rollout:
 _OF_LAYOUT = ("_sizes", "trajectory", "step_group")
 _OF_MASK = ("mask", "trains_whole", "active_lengths", "counts")
 """Cached properties by what they follow from."""
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Values one after the other, [.., K] with the largest K of floats that have different ones."""
+    widths = {part.shape[1:] for part in parts}
+    if len(widths) == 1 or not all(part.ndim == 2 and part.is_floating_point() for part in parts):
+        return torch.cat(list(parts))
+    wide = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, wide - part.shape[1]), value=torch.nan) for part in parts])
 
 
 def _numbered(labels: Int[Tensor, " trajectory"]) -> Int[Tensor, " trajectory"]:

@@ -36,6 +36,7 @@ __all__ = [
     "segment_max",
     "segment_mean",
     "segment_min",
+    "segment_pairs",
     "segment_quantile",
     "segment_rank",
     "segment_reverse_scan",
@@ -369,6 +370,24 @@ def segment_is_last(
     positions = _in_time(index, _positions(index, size, mask))
     _, after = _neighbours(_kept(index, positions))
     return _place(after == 0, positions, len(index), False)
+
+
+def segment_pairs(
+    index: Int[Tensor, "item"], size: int, *, mask: Bool[Tensor, "item"] | None = None
+) -> tuple[Int[Tensor, "pair"], Int[Tensor, "pair"]]:
+    """All ordered pairs (i, j), i != j, of unmasked items of one segment, as two vectors of places.
+
+    Segment by segment, and within one by i, then by j, in order of appearance: n (n - 1) pairs for n items.
+    """
+    positions = _in_time(index, _positions(index, size, mask))
+    places = torch.arange(len(index), device=index.device) if positions is None else positions
+    before, after = _neighbours(_kept(index, positions))
+    others = before + after + 1
+    first = torch.arange(len(places), device=index.device).repeat_interleave(others)
+    within = torch.arange(len(first), device=index.device) - (others.cumsum(0) - others)[first]
+    second = (first - before[first]) + within
+    distinct = first != second
+    return places[first[distinct]], places[second[distinct]]
 
 
 def spread(values: Shaped[Tensor, "segment"], index: Int[Tensor, "item"]) -> Shaped[Tensor, "item"]:

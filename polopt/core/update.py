@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from torch.nn import Parameter
 
@@ -58,6 +58,16 @@ class Step(Protocol):
 
         ``scale`` multiplies the learning rate of this one step.
         """
+        ...
+
+    def saved(self) -> dict[str, Any]:
+        """Copies of the parameters and of the optimizer's moments as they are now: what an update part may declare as
+        its state.
+        """
+        ...
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Put back what `saved` gave; ``.grad`` stays. The weights change, so the policy's version rises by one."""
         ...
 
     def reject(self, reason: str) -> None:

@@ -39,6 +39,11 @@ class World:
     problem: Problem
 
     def __post_init__(self) -> None:
+        if self.method.offline:
+            raise UsageError(
+                f"diagnosis enumerates what a policy samples, and method {self.method.slug!r} learns from answers that "
+                f"are known already; diagnose it on its own answers: --pairs on-policy"
+            )
         named = {f"reward/{name}" for name in self.problem.rewards}
         # Groups are enumerated here, whatever the method's rollout part does: what that adds is not there, nor what
         # depends on it.
@@ -208,7 +213,7 @@ class World:
         kept = self.filtered(whole)
         if not kept.n_trajectories:
             return True
-        counts = Counts(10.0, 4.0, 1.0)
+        counts = Counts(10.0, 4.0, 1.0, dict.fromkeys(kept.counts.masks, 5.0))
         everything = self._traces(policy, kept, counts)
         # By themselves: the first, of one sequence repeated, and the one with the greatest spread; then some together.
         # A batch's mean may be that of some of its groups by symmetry, but hardly that of all these.
@@ -236,8 +241,13 @@ class World:
 def expected_counts(rollout: Rollout, chance: Float[Tensor, " group"]) -> Counts:
     """Steps, trajectories and groups that a group has in expectation: what normalises a large batch, per group."""
     per_group = chance[rollout.group]
-    steps = (per_group[rollout.trajectory] * rollout.mask.to(per_group)).sum()
-    return Counts(float(steps), float(per_group.sum()), 1.0)
+    per_step = per_group[rollout.trajectory]
+
+    def steps(mask: Tensor) -> float:
+        return float((per_step * mask.to(per_step)).sum())
+
+    masks = {name: steps(rollout[name]) for name in rollout.counts.masks}
+    return Counts(steps(rollout.mask), float(per_group.sum()), 1.0, masks)
 
 
 @dataclass(frozen=True, eq=False)

@@ -75,6 +75,7 @@ def draw(
     sampling: Sampling,
     entropy: bool = False,
     allowed: Bool[Tensor, "row vocab"] | None = None,
+    other: Float[Tensor, "row vocab"] | None = None,
 ) -> Draw:
     """Draw one token per row by inverting the cumulative distribution at ``uniform``.
 
@@ -82,18 +83,22 @@ def draw(
     u * total. ``logp`` = log q[token] and ``entropy`` = -sum q log q in nats, q = softmax(logits / policy temperature),
     which is p where none is given and that of temperature 1 at temperature 0, where the token is the argmax;
     ``logp_sampled`` = log(p[token] / kept mass), 0 for a certain choice, None where that is ``logp``
-    (`Sampling.differs`). Nothing but ``allowed`` is drawn, where that is given; ``kept`` is then what could be.
+    (`Sampling.differs`). Nothing but ``allowed`` is drawn, where that is given; ``kept`` is then what could be. With
+    the logits of an ``other`` model p is of (1 - b) logits + b other, b the mixture weight.
     """
     logits = logits.float()
     own = _tempered(logits, sampling.trained_temperature)
+    if other is not None:
+        logits = torch.lerp(logits, other.to(logits), sampling.mixture_weight)
     logp_sampled = left = None
     if sampling.temperature == 0:
         left = allowed
-        token = (own if allowed is None else own.masked_fill(~allowed, -torch.inf)).argmax(-1, keepdim=True)
+        best = own if other is None else logits
+        token = (best if allowed is None else best.masked_fill(~allowed, -torch.inf)).argmax(-1, keepdim=True)
         if sampling.differs:
             logp_sampled = own.new_zeros(len(own))
     else:
-        same = sampling.temperature == sampling.trained_temperature
+        same = other is None and sampling.temperature == sampling.trained_temperature
         logps = own if same else _tempered(logits, sampling.temperature)
         probs = logps.exp()
         if sampling.truncates:

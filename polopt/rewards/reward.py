@@ -223,7 +223,7 @@ class _Call:
             "log_extra": lambda column, values: None,
             "log_metric": lambda name, value: logged.append((name, float(value))),
         }
-        arguments = _accepted(self.reward, available)
+        arguments = accepted(self.reward.function, available, f"reward {self.reward.name!r}")
         try:
             values = call_with_timeout(lambda: _as_list(self._run(arguments)), self.timeout)
         except (KeyboardInterrupt, SystemExit, GeneratorExit, _Failure):
@@ -293,10 +293,13 @@ def _completion(transcript: Transcript) -> str | list[dict[str, str]]:
     return [{"role": "assistant", "content": transcript.completion}]
 
 
-def _accepted(reward: NamedReward, available: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords that the function's signature takes."""
+def accepted(function: Callable[..., Any], available: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The keywords that the function's signature takes.
+
+    Raises RewardError naming ``what`` where it wants one that is not there.
+    """
     try:
-        parameters = inspect.signature(reward.function).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a callable written in C
         return dict(available)
     for parameter in parameters:
@@ -306,7 +309,7 @@ def _accepted(reward: NamedReward, available: Mapping[str, Any]) -> dict[str, An
         )
         if required and (parameter.name not in available or parameter.kind is parameter.POSITIONAL_ONLY):
             raise RewardError(
-                f"reward {reward.name!r} takes {parameter.name!r}, which cannot be passed by name from these examples; "
+                f"{what} takes {parameter.name!r}, which cannot be passed by name from these examples; "
                 f"available are {', '.join(available)}"
             )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):

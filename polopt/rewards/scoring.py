@@ -59,7 +59,7 @@ class Scorer:
 
     A trajectory whose total is NaN (a reward failed under ``on_error="skip"``, or none applies) has every step masked,
     for every model: no part trains on it. One that is ``unfinished`` is not judged and has 0 everywhere. Replayed
-    trajectories that bring their rewards keep them.
+    trajectories that bring their rewards keep them. Without any reward the rollout stays as it is.
     """
 
     rewards: tuple[NamedReward, ...]
@@ -71,6 +71,8 @@ class Scorer:
 
         Raises RewardError under ``on_error="raise"``.
         """
+        if not self.rewards:
+            return rollout, ()
         names = {f"reward/{reward.name}" for reward in self.rewards} | {"score", "source"}
         known = torch.zeros_like(rollout.lengths, dtype=torch.bool)
         if names <= set(rollout.names()):

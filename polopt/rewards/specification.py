@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from polopt.core.errors import UsageError
 from polopt.core.plugins import load_object
+from polopt.rewards.models import ModelReward, model_reward
 from polopt.rewards.reward import NamedReward, RewardFunction
 from polopt.rewards.shape import formatted, length
 from polopt.rewards.verifiers import exact_match, matches, math_verify
@@ -20,11 +21,12 @@ REWARDS: dict[str, RewardFactory] = {
     "regex": matches,
     "format": formatted,
     "length": length,
+    "model": model_reward,
 }
 
 
-def parse_reward(spec: str) -> NamedReward:
-    """A reward from its specification.
+def parse_reward(spec: str, *, device: str = "auto") -> NamedReward:
+    """A reward from its specification; models are put on the device.
 
     ``math-verify``, ``length:200@0.1`` and ``regex:^Yes`` are built in (``REWARDS``); their name is the specification
     without the weight. ``my/rewards.py:concise@0.5`` and ``package.module:concise`` are a function of the user's own
@@ -39,7 +41,10 @@ def parse_reward(spec: str) -> NamedReward:
     if name in REWARDS:
         if colon and not argument:
             raise UsageError(f"reward {spec!r} has a colon but no argument")
-        return NamedReward(body, REWARDS[name](argument if colon else None), weight)
+        made = REWARDS[name](argument if colon else None)
+        if isinstance(made, ModelReward):
+            made.to(device)
+        return NamedReward(body, made, weight)
     if not colon:
         raise UsageError(_unknown(body))
     function = load_object(body, "reward", unknown=_unknown(body))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from polopt.core.errors import UsageError
@@ -30,7 +31,7 @@ class Groups(Sampling, Part):
     @property
     def uses(self) -> frozenset[str]:
         """Models that the policy samples with."""
-        return frozenset() if self.nucleus_of is None else frozenset({self.nucleus_of})
+        return frozenset(name for name in (self.nucleus_of, self.mixture_of) if name is not None)
 
     def __call__(
         self,
@@ -45,7 +46,8 @@ class Groups(Sampling, Part):
         sampling = Sampling(**{**given, "max_new_tokens": self.max_new_tokens or limit})
         rollout = policy.sample(requests, sampling, seed=seed, progress=progress)
         budget = torch.full((rollout.n_trajectories,), sampling.max_new_tokens or limit, device=rollout.device)
-        rollout = rollout.with_columns(trajectory={"limit": budget, **_requested(requests, rollout)})
+        columns = requested([request for request in requests if request.count], rollout.group, rollout.logp)
+        rollout = rollout.with_columns(trajectory={"limit": budget, **columns})
         return self.finish(rollout, seed)
 
     def finish(self, rollout: Rollout, seed: int) -> Rollout:
@@ -53,9 +55,8 @@ class Groups(Sampling, Part):
         return rollout
 
 
-def _requested(requests: Sequence[Request], rollout: Rollout) -> dict[str, Tensor]:
-    """The requests' columns, [M], in the precision of the log-probs."""
-    asked = [request for request in requests if request.count]
+def requested(asked: Sequence[Request], owner: Int[Tensor, " trajectory"], like: Tensor) -> dict[str, Tensor]:
+    """The requests' columns [M], in the precision and place of ``like``; ``owner`` [M] is each trajectory's request."""
     names = set(asked[0].columns)
     for request in asked:
         if odd := sorted(names ^ set(request.columns)):
@@ -63,5 +64,5 @@ def _requested(requests: Sequence[Request], rollout: Rollout) -> dict[str, Tenso
                 f"requests of one batch must carry the same columns: of examples {asked[0].example.id!r} and "
                 f"{request.example.id!r} only one has {odd[0]!r}"
             )
-    table = {name: rollout.logp.new_tensor([request.columns[name] for request in asked]) for name in sorted(names)}
-    return {name: values[rollout.group] for name, values in table.items()}
+    table = {name: like.new_tensor([request.columns[name] for request in asked]) for name in sorted(names)}
+    return {name: values[owner] for name, values in table.items()}

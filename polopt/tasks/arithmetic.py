@@ -68,6 +68,14 @@ class Arithmetic:
             return 0.0
         return float(int(answer) == int(example.answer))
 
+    def grade(self, completion: str, example: Example) -> float:
+        """1 if right; else 1/2 less 1/20 for each unit that the integer answer is off, at least 0."""
+        answer = final_answer(completion)
+        if answer is None or example.answer is None or not _INTEGER.fullmatch(answer):
+            return 0.0
+        off = abs(int(answer) - int(example.answer))
+        return max(0.0, 0.5 - 0.05 * off) if off else 1.0
+
     def demonstration(self, example: Example, strategy: str, rng: random.Random) -> str:
         truth = int(str(example.answer))
         if strategy == "worked":

@@ -1,7 +1,8 @@
 """From one row of a dataset to an ``Example``: which column is what.
 
 The layouts are those of TRL (prompt, messages, completion, chosen, rejected, label), of verl's parquet files
-(``reward_model``) and of GSM8K (question and answer). Texts are strings or lists of role/content messages.
+(``reward_model``), of GSM8K (question and answer; or several models' solutions, labelled right or wrong), and lists of
+answers (``completions``) with a grade each (``labels``). Texts are strings or lists of role/content messages.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from typing import Any
 
 from polopt.core.errors import UsageError
 from polopt.core.example import Example, Text
-from polopt.tasks.gsm8k import MARKER, split_solution
+from polopt.tasks.gsm8k import MARKER, solutions, solvers, split_ground_truth, split_solution
 
-FIELDS = ("id", "prompt", "answer", "steps", "completion", "chosen", "rejected", "label", "messages")
+FIELDS = (
+    *("id", "prompt", "answer", "steps", "completion", "chosen", "rejected", "label", "completions", "labels"),
+    "messages",
+)
 """What a column can be mapped to: the fields of ``Example``, and ``messages`` for a whole conversation."""
 
 Row = Mapping[str, Any]
@@ -29,12 +33,14 @@ class Layout:
 
     ``source`` names the dataset in errors. ``column_of`` maps a field to its column. ``gsm8k``: the answer column is a
     worked solution that ends in ``#### answer``. ``verl``: the answer is ``reward_model["ground_truth"]``.
+    ``solvers``: columns with the labelled solutions of as many models (`polopt.tasks.gsm8k`).
     """
 
     source: str
     column_of: Mapping[str, str]
     gsm8k: bool = False
     verl: bool = False
+    solvers: tuple[str, ...] = ()
 
 
 def parse_mapping(items: Sequence[str]) -> dict[str, str]:
@@ -59,8 +65,9 @@ def find_layout(source: str, columns: Sequence[str], first: Row, mapping: Mappin
     """The layout of a dataset from its columns, its first row and the user's mapping, which wins.
 
     A mapping that says where prompt or answer is switches the recognition of GSM8K off: the column is then taken as
-    it is. Columns named like a field are that field, except ``label`` without a completion and ``steps`` that is not a
-    list of strings, which stay ordinary columns.
+    it is. Columns named like a field are that field, except ``label`` without a completion, ``completions`` and
+    ``labels`` without each other or that are no lists, and ``steps`` that is not a list of strings, which stay ordinary
+    columns.
 
     Raises:
         UsageError: an unknown field, a mapping to a column that is absent, or no column that could be the prompt.
@@ -75,6 +82,13 @@ def find_layout(source: str, columns: Sequence[str], first: Row, mapping: Mappin
     column_of = {name: name for name in FIELDS if name in columns} | mapping
     if "label" not in mapping and "completion" not in column_of:
         column_of.pop("label", None)
+    if not {"completions", "labels"} & set(mapping):
+        if not all(isinstance(first.get(name), list | tuple) for name in ("completions", "labels")):
+            column_of.pop("completions", None)
+            column_of.pop("labels", None)
+    elif not {"completions", "labels"} <= set(column_of):
+        given, other = ("completions", "labels") if "completions" in mapping else ("labels", "completions")
+        raise UsageError(f"--map {given}={mapping[given]} needs {other} too: each answer of a list has its label")
     if "steps" not in mapping and not _is_list_of_strings(first.get("steps")):
         column_of.pop("steps", None)
     if "messages" not in mapping and "prompt" in column_of:
@@ -86,6 +100,9 @@ def find_layout(source: str, columns: Sequence[str], first: Row, mapping: Mappin
     worked = isinstance(question, str) and isinstance(solution, str) and MARKER in solution
     if worked and untouched and "prompt" not in columns:
         return Layout(source, column_of | {"prompt": "question", "answer": "answer"}, gsm8k=True)
+    models = solvers(columns, first)
+    if models and untouched and "prompt" not in columns and "completions" not in column_of:
+        return Layout(source, column_of | {"prompt": "question"}, solvers=models)
     if not {"prompt", "messages"} & set(column_of) and not {"chosen", "rejected"} <= set(column_of):
         raise UsageError(
             f"dataset {source!r} has no prompt: its columns are {', '.join(columns)}; "
@@ -108,6 +125,7 @@ def read_row(row: Row, index: int, identifier: str, layout: Layout) -> Example:
     reader = _RowReader(row, f"row {index} of dataset {layout.source!r}", layout.column_of)
     prompt, texts = _texts(reader)
     steps, answer = reader.steps(), reader.answer()
+    completions, labels = reader.answers(prompt)
     if layout.gsm8k:
         solution = split_solution(reader.value("answer") or "")
         if solution is None:
@@ -116,6 +134,14 @@ def read_row(row: Row, index: int, identifier: str, layout: Layout) -> Example:
                 "take the column as it is with --map prompt=question --map answer=answer"
             )
         steps, answer = solution
+    if layout.solvers:
+        try:
+            completions, labels = solutions(row, layout.solvers)
+        except ValueError as error:
+            raise UsageError(
+                f"{reader.where}: column {str(error)!r} holds no solution with 'is_correct' as the first row's does"
+            ) from None
+        steps, answer = split_ground_truth(row.get("ground_truth")) or (steps, answer)
     if layout.verl:
         answer = reader.ground_truth()
     if not _has_content(prompt):
@@ -133,6 +159,8 @@ def read_row(row: Row, index: int, identifier: str, layout: Layout) -> Example:
         chosen=texts.get("chosen"),
         rejected=texts.get("rejected"),
         label=reader.label(),
+        completions=completions,
+        labels=labels,
         columns={name: value for name, value in row.items() if name not in stored},
     )
 
@@ -206,7 +234,9 @@ class _RowReader:
         )
 
     def text(self, name: str) -> Text | None:
-        value = self.value(name)
+        return self._text(name, self.value(name))
+
+    def _text(self, name: str, value: Any) -> Text | None:
         if value is None or isinstance(value, str):
             return value
         if _is_number(value):
@@ -214,6 +244,21 @@ class _RowReader:
         if not isinstance(value, Sequence):
             raise self.wrong_type(name, value, "text or a list of messages")
         return tuple(self._message(name, message) for message in value)
+
+    def answers(self, prompt: Text) -> tuple[tuple[Text, ...], tuple[float, ...]]:
+        """The list of answers and their labels; nothing where the row has none."""
+        given, labels = self.value("completions"), self.value("labels")
+        if given is None and labels is None:
+            return (), ()
+        if not isinstance(given, list | tuple) or any(answer is None for answer in given):
+            raise self.wrong_type("completions", given, "a list of answers")
+        texts = tuple(text for answer in given if (text := self._text("completions", answer)) is not None)
+        if any(isinstance(text, str) != isinstance(prompt, str) for text in texts):
+            raise self.wrong_type("completions", given, "of the same kind as the prompt (all text or all messages)")
+        fine = isinstance(labels, list | tuple) and all(isinstance(v, int | float) for v in labels)
+        if not fine or len(labels) != len(texts):
+            raise self.wrong_type("labels", labels, f"a list of {len(texts)} numbers, one for each of the completions")
+        return texts, tuple(float(value) for value in labels)
 
     def _message(self, name: str, message: Any) -> dict[str, str]:
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):

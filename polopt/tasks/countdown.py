@@ -65,6 +65,15 @@ class Countdown:
         given = sorted(int(number) for number in asked[1].split(","))
         return float(sorted(used) == given and value == int(asked[2]))
 
+    def grade(self, completion: str, example: Example) -> float:
+        """1 if right; else, for an expression of the given numbers, 1/2 less 1/20 for each unit off, at least 0."""
+        evaluated = evaluate(final_answer(completion) or "")
+        asked = _PROMPT.fullmatch(str(example.prompt))
+        if evaluated is None or asked is None or sorted(evaluated[1]) != sorted(map(int, asked[1].split(","))):
+            return 0.0
+        off = abs(evaluated[0] - int(asked[2]))
+        return float(max(Fraction(0), Fraction(1, 2) - off / 20)) if off else 1.0
+
     def demonstration(self, example: Example, strategy: str, rng: random.Random) -> str:
         numbers, target = _read(example)
         if strategy == "direct":

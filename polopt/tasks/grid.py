@@ -75,6 +75,22 @@ class Grid:
                 return 0.0
         return float(here == _find(prompt, "G"))
 
+    def grade(self, completion: str, example: Example) -> float:
+        """1 if right; else half the share of the moves that are made before the first one into a wall or out."""
+        if self.score(completion, example):
+            return 1.0
+        moves = final_answer(completion)
+        if moves is None or not _PATH.fullmatch(moves):
+            return 0.0
+        prompt = str(example.prompt)
+        free, here, made = _free_cells(prompt), _find(prompt, "S"), 0
+        for move in moves:
+            here = _step(here, move)
+            if here not in free:
+                break
+            made += 1
+        return 0.5 * made / len(moves)
+
     def demonstration(self, example: Example, strategy: str, rng: random.Random) -> str:
         prompt = str(example.prompt)
         start, goal = _find(prompt, "S"), _find(prompt, "G")

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from polopt.core.errors import UsageError
 from polopt.core.example import Example
-from polopt.core.part import suggest
+from polopt.core.method import Method
+from polopt.core.part import flatten, suggest
 from polopt.core.policy import Request
 from polopt.policies.exact import enumeration, heads, tree
 from polopt.policies.exact.game import PreferenceGame
 from polopt.policies.exact.policy import ExactPolicy, example_of
 from polopt.policies.exact.space import SequenceSpace
+from polopt.rewards.comparisons import Preference
 from polopt.rewards.reward import NamedReward
 
 GROUP = 4
@@ -95,6 +97,39 @@ class Problem:
             NamedReward(name, _Lookup(self.space, table), self.weights.get(name, 1.0))
             for name, table in self.rewards.items()
         )
+
+    def preference(self) -> Preference:
+        """P(first beats second) by the game, as a function of the texts' tokens, for a judge.
+
+        It does not apply (None) to a trajectory that is cut short of the space. Raises UsageError without a game.
+        """
+        if self.game is None:
+            raise UsageError(
+                f"problem {self.name!r} has no preferences; noisy-preferences and intransitive-preferences have"
+            )
+        return _Comparison(self.space, self.game.preference)
+
+    def judged(self, method: Method) -> Method:
+        """The method whose reward parts that ask a problem (``of_problem``) ask this one."""
+        members = flatten(method.reward)
+        if not any(hasattr(member, "of_problem") for member in members):
+            return method
+        asked = tuple(m.of_problem(self) if hasattr(m, "of_problem") else m for m in members)
+        return method | {"reward": asked[0] if len(asked) == 1 else replace(method.reward, parts=asked)}
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """A preference by table, in the calling convention of judges."""
+
+    space: SequenceSpace
+    table: Tensor
+
+    def __call__(
+        self, first_ids: Sequence[Sequence[int]], second_ids: Sequence[Sequence[int]], problem: Sequence[int], **_: Any
+    ) -> list[float | None]:
+        sides = [[self.space.index(ids) for ids in side] for side in (first_ids, second_ids)]
+        return [float(self.table[b, i, j]) if min(i, j) >= 0 else None for b, i, j in zip(problem, *sides, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,14 @@ class Programs:
         answer = final_answer(completion)
         return float(answer is not None and answer == example.answer)
 
+    def grade(self, completion: str, example: Example) -> float:
+        """1 if right; else half the share of digits of the result that are in their place."""
+        if self.score(completion, example):
+            return 1.0
+        answer, right = final_answer(completion) or "", str(example.answer)
+        matched = sum(a == b for a, b in zip(answer, right, strict=False))
+        return 0.5 * matched / max(len(answer), len(right))
+
     def demonstration(self, example: Example, strategy: str, rng: random.Random) -> str:
         names, _, digits = str(example.prompt).strip().partition(":")
         if strategy == "worked":

@@ -29,7 +29,8 @@ Judge = Callable[[str, Example], float]
 class Task(Protocol):
     """A family of generated prompts with an exact verifier. ``strategies`` are the ways of answering it that the
     shipped base policy was taught, ``shares`` how often (they sum to 1). A task that judges a completion in several
-    respects also has ``rewards``, see :func:`rewards_of`."""
+    respects also has ``rewards``, see :func:`rewards_of`; one that grades wrong answers has ``grade``, a `Judge`, see
+    :func:`grade_of`."""
 
     @property
     def name(self) -> str: ...
@@ -76,6 +77,18 @@ def rewards_of(task: Task) -> Mapping[str, Judge]:
     """
     named: Mapping[str, Judge] = getattr(task, "rewards", {})
     return {"correct": task.score, **named}
+
+
+def grade_of(task: Task, completion: str, example: Example) -> float:
+    """How good an answer is, in [0, 1], 1 for one that nothing can be said against.
+
+    The task's own ``grade`` where it has one: it tells near misses from far ones, and never puts a wrong answer above a
+    right one. Else the mean of its rewards.
+    """
+    if hasattr(task, "grade"):
+        return float(task.grade(completion, example))
+    judged = [judge(completion, example) for judge in rewards_of(task).values()]
+    return sum(judged) / len(judged)
 
 
 def demonstration(task: Task, example: Example, rng: random.Random) -> str:

@@ -31,6 +31,11 @@ class Worksheet(Arithmetic):
         """The rewards besides ``correct``."""
         return {"format": self._format, "length": self._length}
 
+    def grade(self, completion: str, example: Example) -> float:
+        """Mean of the three rewards."""
+        judged = [judge(completion, example) for judge in (self.score, *self.rewards.values())]
+        return sum(judged) / len(judged)
+
     def _format(self, completion: str, example: Example) -> float:
         items = completion.count(";")
         return float(items == len(example.steps) and self.strategy_of(completion) == "worked")

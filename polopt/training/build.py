@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,26 @@ from polopt.core.errors import UsageError
 from polopt.core.example import Example
 from polopt.core.method import Method
 from polopt.core.override import override
+from polopt.core.part import settings
 from polopt.core.policy import START, Policy, critic_heads
 from polopt.methods import get_method
 from polopt.policies.causal_lm.loading import LoraOptions
 from polopt.policies.causal_lm.policy import CausalLM
 from polopt.rewards import NamedReward, RewardFunction, parse_reward
+from polopt.tasks.answers import with_answers
 from polopt.tasks.columns import parse_mapping
 from polopt.tasks.datasets import load_examples
 from polopt.tasks.registry import get_task
 from polopt.tasks.task import Judge, Task, rewards_of
-from polopt.training.collect import provides
+from polopt.training.collect import judged, provides
 from polopt.training.config import RunConfig
 from polopt.training.update import SCORE_NORM
 
 DEFAULT_TASK = "arithmetic"
 SMALL_WORLD_STEPS = 60
+SMALL_WORLD_LR = 2e-4
+SMALL_WORLD_OFFLINE_LR = 2e-5
+"""Of methods that learn from preferences or demonstrations."""
 SMALL_WORLD_EVALUATION = "10"
 POOL = 4096
 """Generated training prompts; every default run sees each at most once."""
@@ -48,13 +53,15 @@ class Problem:
     limit: int
 
 
-def make_problem(config: RunConfig) -> Problem:
-    """Training and held-out examples, rewards and completion budget.
+def make_problem(config: RunConfig, method: Method | None = None) -> Problem:
+    """Training and held-out examples, rewards and completion budget, for a method (the configuration's when left out).
 
-    Raises UsageError for absent or malformed data, an unknown task or reward, a task without its own reward.
+    Of data for a method that needs none there may be no rewards. Raises UsageError for absent or malformed data, an
+    unknown task or reward, a task without its own reward.
     """
+    method = make_method(config) if method is None else method
     if config.data is None:
-        return _generated(config, get_task(config.task or default_task(get_method(config.method))))
+        return _generated(config, get_task(config.task or default_task(method)), method)
     mapping = parse_mapping(config.map) if config.map else None
     train = load_examples(config.data, mapping=mapping, split=config.split)
     if config.eval_data is not None:
@@ -64,7 +71,7 @@ def make_problem(config: RunConfig) -> Problem:
         count = min(config.eval_prompts, len(train) // 10)
         held_out = train[len(train) - count :]
         train = train[: len(train) - count]
-    rewards = _given_rewards(config, config.data)
+    rewards = _given_rewards(config, config.data) if judged(method) or config.reward else ()
     return Problem(Path(config.data).stem, train, held_out, rewards, COMPLETION)
 
 
@@ -83,18 +90,33 @@ def make_held_out(config: RunConfig) -> Problem:
     return Problem(Path(source).stem, (), held_out, rewards, COMPLETION)
 
 
+def make_asked(config: RunConfig, count: int | None = None) -> Problem:
+    """Prompts of the training split to answer and judge, ``count`` of them or all of the data; none is held out."""
+    if config.data is None:
+        task = get_task(config.task or DEFAULT_TASK)
+        levels = list(config.level) or None
+        rewards = tuple(parse_reward(spec) for spec in config.reward) or task_rewards(task)
+        asked = task.examples(POOL if count is None else count, seed=config.seed, split="train", levels=levels)
+        return Problem(task.name, asked, (), rewards, task.max_new_tokens)
+    rewards = _given_rewards(config, config.data)
+    mapping = parse_mapping(config.map) if config.map else None
+    asked = load_examples(config.data, mapping=mapping, split=config.split, limit=count)
+    return Problem(Path(config.data).stem, asked, (), rewards, COMPLETION)
+
+
 def _given_rewards(config: RunConfig, source: str) -> tuple[NamedReward, ...]:
     if not config.reward:
         raise UsageError(f"data {source!r} needs a reward: give --reward math-verify, exact-match or file.py:function")
-    return tuple(parse_reward(spec) for spec in config.reward)
+    return tuple(parse_reward(spec, device=config.device) for spec in config.reward)
 
 
-def _generated(config: RunConfig, task: Task) -> Problem:
+def _generated(config: RunConfig, task: Task, method: Method) -> Problem:
     levels = list(config.level) or None
-    rewards = tuple(parse_reward(spec) for spec in config.reward) or task_rewards(task)
+    rewards = tuple(parse_reward(spec, device=config.device) for spec in config.reward) or task_rewards(task)
+    train = task.examples(POOL, seed=config.seed, split="train", levels=levels)
     return Problem(
         task.name,
-        task.examples(POOL, seed=config.seed, split="train", levels=levels),
+        with_answers(task, train, seed=config.seed) if method.reads_answers else train,
         task.examples(config.eval_prompts, seed=0, split="test", levels=levels),
         rewards,
         task.max_new_tokens,
@@ -140,8 +162,28 @@ def make_policy(config: RunConfig, limit: int) -> CausalLM:
 
 
 def make_method(config: RunConfig) -> Method:
-    """The method with the configuration's slots and fields replaced."""
-    return at_start(override(get_method(config.method), config.slots))
+    """The method with the configuration's slots and fields replaced, and its data by samples where it asks for that."""
+    return at_start(composed(get_method(config.method), config.slots, pairs=config.pairs))
+
+
+def composed(method: Method, slots: Mapping[str, Any], *, pairs: str = "data") -> Method:
+    """The method with slots and fields replaced.
+
+    ``pairs`` "on-policy" has the policy write what a rollout part would read from a data set: its ``on_policy`` names
+    the slots for that. Raises UsageError where there is no such rollout part.
+    """
+    if pairs == "on-policy":
+        # First what says which data set stands there; then what can be set of the parts that come in its place.
+        fields = {f"rollout.{name}" for name in settings(method.rollout)}
+        known = {name: value for name, value in slots.items() if name == "rollout" or name in fields}
+        whole = override(method, known)
+        if not hasattr(whole.rollout, "on_policy"):
+            raise UsageError(
+                f"--pairs on-policy is for methods that learn from a data set; {method.slug!r} samples its own answers"
+            )
+        method = whole | whole.rollout.on_policy()
+        slots = {name: value for name, value in slots.items() if name not in known}
+    return override(method, slots)
 
 
 def at_start(method: Method) -> Method:
@@ -153,7 +195,9 @@ def resolve(config: RunConfig) -> RunConfig:
     """The configuration with every default that depends on others filled in."""
     small = config.model is None
     if config.lr is None:
-        config = replace(config, lr=2e-4 if small else 1e-5 if config.lora else 1e-6)
+        # Losses of bad answers have no bound: at the faster rate they drag the good ones down with them.
+        fast = SMALL_WORLD_OFFLINE_LR if get_method(config.method).offline else SMALL_WORLD_LR
+        config = replace(config, lr=fast if small else 1e-5 if config.lora else 1e-6)
     if all(limit is None for limit in (config.steps, config.seconds, config.tokens, config.rollouts)):
         config = replace(config, steps=SMALL_WORLD_STEPS if small else 500)
     if config.eval_every is None and small:
@@ -174,8 +218,8 @@ def check_needs(method: Method, policy: Policy, rewards: Sequence[NamedReward]) 
         policy.add_critic(heads=heads)
     for name, model in method.models_in_use.items():
         model.install(policy, name)
-    sampled = {"action", "logp", "entropy", "mask", "truncated", "version", "source", "limit", "reward", "score"}
-    named = {f"reward/{reward.name}" for reward in rewards}
+    sampled = {"action", "logp", "entropy", "mask", "truncated", "version", "source", "limit"}
+    named = {"reward", "score", *(f"reward/{reward.name}" for reward in rewards)} if rewards else set()
     available = {column for column in policy.columns if column != "logp/*"}
     method.check(frozenset(sampled | named | available | {SCORE_NORM, START}))
     for name in sorted(method.evaluates):

@@ -32,9 +32,9 @@ class RatioStatistics:
     def add(self, evaluation: Evaluation, rollout: Rollout, only: Tensor | None = None) -> None:
         """Count the steps of a micro-batch, of the trajectories ``only`` [M] where given.
 
-        Nothing is counted when the rollout has no log-probs of its sampler.
+        Nothing is counted when the rollout has no log-probs of its sampler, or the loss reads none of the policy.
         """
-        if "logp" not in rollout:
+        if "logp" not in rollout or "logp" not in evaluation.columns:
             return
         counted = rollout.mask if only is None else rollout.mask & rollout.spread(only)
         with torch.no_grad():

@@ -39,14 +39,16 @@ class Collected:
 
     @property
     def answers(self) -> Rollout:
-        """What was drawn as the policy answers: without probes, which were sampled to learn what a state is worth, and
-        without what was drawn at another temperature beside it, what is replayed and what is unfinished: there may be
-        nothing.
+        """What was drawn as the policy answers; there may be nothing.
+
+        Left out are probes, which were sampled to learn what a state is worth, what was drawn at another temperature
+        beside it, the answers of opponents, what is replayed and what is unfinished.
         """
         aside = torch.zeros_like(self.drawn.lengths, dtype=torch.bool)
         if "source" in self.drawn:
             source = self.drawn["source"]
-            aside = (source == Source.PROBE) | (source == Source.TEMPERED) | (source == Source.REPLAY)
+            others = (Source.PROBE, Source.TEMPERED, Source.OPPONENT, Source.REPLAY)
+            aside = torch.isin(source, torch.tensor(others, device=source.device))
         if "unfinished" in self.drawn:
             aside = aside | self.drawn["unfinished"].bool()
         return self.drawn.select(~aside) if bool(aside.any()) else self.drawn
@@ -136,9 +138,11 @@ class Collector:
             if groups >= full:
                 break
         batch = Rollout.concat(kept) if kept else None
-        if batch is not None and batch.n_groups > full:
+        # What one draw gives stays whole: a filter may make several groups of one.
+        if batch is not None and len(kept) > 1 and batch.n_groups > full:
             batch = batch.select(batch.group < full)
-        if batch is not None and "logp" in method.needs and not self.policy.exact_sampler:
+        known = batch is not None and "logp" in batch
+        if batch is not None and known and "logp" in method.needs and not self.policy.exact_sampler:
             batch = self._recomputed(method, batch)
         return Collected(batch, Rollout.concat(drawn), tuple(invalid))
 
@@ -149,8 +153,10 @@ class Collector:
         seed = int(torch.randint(2**62, (), generator=generator))
         with self.profiler.phase("sample"):
             rollout = method.rollout(self.policy, requests, limit=self.limit, seed=seed, progress=progress)
-        with self.profiler.phase("reward"):
-            rollout, invalid = self.scorer(rollout)
+        invalid: tuple[InvalidReward, ...] = ()
+        if self.scorer.rewards and judged(method):
+            with self.profiler.phase("reward"):
+                rollout, invalid = self.scorer(rollout)
         rollout = self._evaluated(method, rollout, ("reward", "filter"))
         return method.shape_reward(rollout), invalid
 
@@ -166,11 +172,11 @@ class Collector:
         In half precision the two differ by more than the trust regions of some objectives; a ratio must start at 1.
         What is replayed was sampled by other weights, and keeps their log-probs.
         """
-        sampled = rollout["logp"]
         names = frozenset({"logp"}) | (MASKED & method.needs)
         again = evaluate_columns(self.policy, rollout, names, self.token_budget, self.profiler)
         replayed = rollout.spread(rollout["source"] == Source.REPLAY)
-        return again.with_columns(step={"logp": torch.where(replayed, sampled, again.logp), "logp/sampler": sampled})
+        kept = {n: torch.where(replayed, rollout[n], again[n]) for n in names if n in rollout}
+        return again.with_columns(step={**kept, "logp/sampler": rollout["logp"]})
 
 
 def _without(rollout: Rollout, *sources: Source) -> Rollout:
@@ -178,6 +184,14 @@ def _without(rollout: Rollout, *sources: Source) -> Rollout:
         return rollout
     out = torch.isin(rollout["source"], torch.tensor(sources, device=rollout.device))
     return rollout.select(~out) if bool(out.any()) else rollout
+
+
+def judged(method: Method) -> bool:
+    """Whether the method's trajectories are scored by reward functions: all that are sampled, so that the log can tell,
+    and answers from a data set where some part needs a reward.
+    """
+    rewards = ("reward", "score", "reward/")
+    return not method.offline or any(name in rewards[:2] or name.startswith(rewards[2]) for name in method.needs)
 
 
 def provides(policy: Policy, name: str) -> bool:

@@ -40,6 +40,9 @@ class RunConfig:
     """FIELD=COLUMN: which column of the data is the prompt, the answer, ..."""
     reward: tuple[str, ...] = ()
     """NAME[:ARGUMENT][@WEIGHT] or file.py:function; the task's own rewards when left out. The first is the accuracy."""
+    pairs: Literal["data", "on-policy"] = "data"
+    """Answers that a method which learns from preferences or demonstrations compares: those of the data, or the
+    policy's own, sampled in groups and judged by the reward. Other methods sample in any case."""
     on_reward_error: Literal["raise", "skip"] = "raise"
     """A failing reward ends the run, or makes its trajectory invalid (it never trains, and is never 0)."""
     reward_timeout: float | None = None
@@ -64,7 +67,8 @@ class RunConfig:
     seed: int = 0
     """The run is a function of it."""
     lr: float | None = None
-    """Learning rate of AdamW; 2e-4 in the small world, 1e-5 for LoRA and 1e-6 for other models when left out."""
+    """Learning rate of AdamW; 2e-4 in the small world (2e-5 for preferences and demonstrations), 1e-5 for LoRA and 1e-6
+    for other models when left out."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate over the budget, after the warm-up."""
     warmup: int = 0

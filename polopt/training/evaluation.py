@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from polopt.core.example import Example
+from polopt.core.loss import Evaluation
+from polopt.core.method import Method
 from polopt.core.policy import Policy, Request
 from polopt.core.rollout import Rollout
 from polopt.core.statistics import accuracy_interval, clustered_mean_interval, pass_at_k
 from polopt.rewards.scoring import Scorer, transcripts
 from polopt.rollouts.groups import Groups
 from polopt.training import metrics_names as names
+from polopt.training.collect import provides
+from polopt.training.profile import Profiler
 from polopt.training.report import Sample
+from polopt.training.update import evaluate_columns
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,46 @@ class Evaluator:
         return sum(rates) / len(rates) if rates else math.nan
 
 
+@dataclass(frozen=True)
+class LossEvaluator:
+    """Held-out answers of a data set that no reward judges: the method's own loss and metrics on them, no gradient.
+
+    The accuracy, of a method that logs one, is how often the implicit reward prefers what the labels prefer.
+    """
+
+    examples: Sequence[Example]
+    method: Method
+    limit: int
+    token_budget: int
+
+    def __call__(
+        self, policy: Policy, *, prompts: int | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[dict[str, float], Rollout]:
+        """Metrics by name (prefix ``eval/``), and the answers. Draws nothing from the run's random numbers."""
+        method = self.method.clone()
+        requests = [Request(example, 1) for example in self.examples[:prompts]]
+        rollout = method.rollout(policy, requests, limit=self.limit, seed=0, progress=progress)
+
+        def evaluated(names: Iterable[str]) -> Rollout:
+            return evaluate_columns(policy, rollout, frozenset(names), self.token_budget, Profiler(enabled=False))
+
+        rollout = evaluated(n for n in method.needs if n not in rollout and provides(policy, n))
+        rollout = method.credit(method.shape_reward(rollout))
+        found = evaluated(method.evaluates)
+        with torch.no_grad():
+            loss, metrics = method.loss(Evaluation({name: found[name] for name in method.evaluates}), rollout)
+        values = {names.LOSS: loss, **metrics}
+        if names.REWARD_ACCURACY in metrics:
+            values[names.ACCURACY] = metrics[names.REWARD_ACCURACY]
+        described = {name: float(value) for name, value in values.items()}
+        described |= {"prompts": float(len(requests)), names.MEAN_LENGTH: float(rollout.lengths.float().mean())}
+        return {f"{names.EVAL}{name}": value for name, value in described.items()}, rollout
+
+
 def samples_of(rollout: Rollout) -> list[Sample]:
-    """Completions to read, with their prompt and total reward."""
+    """Completions to read, with their prompt and total reward; none where nothing judged them."""
+    if "reward" not in rollout:
+        return []
 
     def plain(text: object) -> str:
         return text if isinstance(text, str) else "\n".join(f"{m['role']}: {m['content']}" for m in text)  # type: ignore[attr-defined]

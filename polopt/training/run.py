@@ -13,15 +13,16 @@ import torch
 from rich.console import Console
 
 from polopt.core.errors import UsageError
+from polopt.core.method import Method
 from polopt.rewards.scoring import Scorer
 from polopt.rollouts.groups import Groups
 from polopt.training import metrics_names as names
 from polopt.training.budget import Budget, parse_every
-from polopt.training.build import check_needs, make_method, make_policy, make_problem, resolve
+from polopt.training.build import Problem, check_needs, make_method, make_policy, make_problem, resolve
 from polopt.training.checkpoint import latest_checkpoint
 from polopt.training.collect import Collector
 from polopt.training.config import RunConfig, make_config, read_config, write_config
-from polopt.training.evaluation import Evaluator, samples_of
+from polopt.training.evaluation import Evaluator, LossEvaluator, samples_of
 from polopt.training.optimizer import make_optimizer
 from polopt.training.profile import Profiler
 from polopt.training.progress import RunProgress
@@ -70,6 +71,7 @@ def train(
         after, samples = _evaluate(trainer, run / "after.json", reuse=False)
     model = run / "model"
     trainer.policy.save(model)
+    trainer.conclude(model)
     summary = _summary(trainer, before, after, seconds)
     trainer.trackers.finish(summary)
     if config.profile:
@@ -82,7 +84,10 @@ def train(
 def make_trainer(config: RunConfig, run: Path, bar: RunProgress) -> Trainer:
     """The trainer of a resolved configuration; nothing is written yet."""
     method = make_method(config)
-    problem = make_problem(config)
+    problem = make_problem(config, method)
+    if hasattr(method.rollout, "check"):
+        # Where a reward judges them, held-out prompts are answered by the policy.
+        method.rollout.check(problem.train if problem.rewards else [*problem.train, *problem.held_out])
     limit = getattr(method.rollout, "max_new_tokens", None) or problem.limit
     policy = make_policy(config, limit)
     check_needs(method, policy, problem.rewards)
@@ -113,9 +118,7 @@ def make_trainer(config: RunConfig, run: Path, bar: RunProgress) -> Trainer:
         run=run,
         trackers=make_trackers([name for name in config.track if name != "none"], run),
         seed=config.seed,
-        evaluator=Evaluator(problem.held_out, scorer, _held_out(method.rollout), limit, config.eval_samples)
-        if problem.held_out
-        else None,
+        evaluator=_evaluator(config, method, problem, scorer, limit),
         eval_every=parse_every(config.eval_every) if config.eval_every else None,
         save_every=parse_every(config.save_every) if config.save_every else None,
         keep=config.keep,
@@ -125,6 +128,16 @@ def make_trainer(config: RunConfig, run: Path, bar: RunProgress) -> Trainer:
     )
     trainer.on_progress = lambda phase, metrics: bar.update(trainer.meter.spent, metrics, phase)
     return trainer
+
+
+def _evaluator(
+    config: RunConfig, method: Method, problem: Problem, scorer: Scorer, limit: int
+) -> Evaluator | LossEvaluator | None:
+    if not problem.held_out:
+        return None
+    if not problem.rewards:
+        return LossEvaluator(problem.held_out, method, limit, config.token_budget)
+    return Evaluator(problem.held_out, scorer, _held_out(method.rollout), limit, config.eval_samples)
 
 
 def _held_out(rollout: Any) -> Groups:

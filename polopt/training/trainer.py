@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,21 @@ from polopt.core.errors import UsageError
 from polopt.core.method import Method
 from polopt.core.override import override
 from polopt.core.part import flatten
-from polopt.core.policy import Policy
+from polopt.core.policy import Policy, Request
 from polopt.core.rollout import LEVELS, Rollout
 from polopt.training import checks
 from polopt.training import metrics_names as names
 from polopt.training.budget import Budget, Every, Meter
 from polopt.training.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from polopt.training.collect import Collected, Collector
-from polopt.training.evaluation import Evaluator
+from polopt.training.evaluation import Evaluator, LossEvaluator
 from polopt.training.optimizer import learning_rate, load_optimizer_state, optimizer_state, set_learning_rate
 from polopt.training.profile import Profiler
 from polopt.training.tracking import Trackers
 from polopt.training.update import BatchStep, evaluate_columns, minibatches
+
+CONCLUDED = 512
+"""Training prompts whose answers a trained model is described by."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Trainer:
     run: Path
     trackers: Trackers
     seed: int
-    evaluator: Evaluator | None = None
+    evaluator: Evaluator | LossEvaluator | None = None
     eval_every: Every | None = None
     save_every: Every | None = None
     keep: int = 2
@@ -153,12 +156,14 @@ class Trainer:
         drawn = batch.answers
         if not drawn.n_trajectories:
             return {"groups/kept": float(batch.kept.n_groups) if batch.kept is not None else 0.0}
-        metrics = checks.check_rewards(drawn, self.strict)
-        rewards = drawn.reward
-        metrics[names.REWARD] = float(rewards.nanmean())
-        spread = drawn.group_std(rewards)
-        metrics[names.REWARD_STD] = float(spread.mean())
-        metrics[names.FRAC_REWARD_ZERO_STD] = float((spread == 0).float().mean())
+        metrics: dict[str, float] = {}
+        if "reward" in drawn:
+            metrics |= checks.check_rewards(drawn, self.strict)
+            rewards = drawn.reward
+            metrics[names.REWARD] = float(rewards.nanmean())
+            spread = drawn.group_std(rewards)
+            metrics[names.REWARD_STD] = float(spread.mean())
+            metrics[names.FRAC_REWARD_ZERO_STD] = float((spread == 0).float().mean())
         for name, values in drawn.rewards.items():
             valid = values[~values.isnan()]
             if valid.numel():
@@ -178,7 +183,7 @@ class Trainer:
         metrics["groups/kept"] = float(batch.kept.n_groups) if batch.kept is not None else 0.0
         if "entropy" in drawn and bool(drawn.mask.any()):
             metrics[names.ENTROPY] = float(drawn["entropy"][drawn.mask].mean())
-        if batch.kept is not None and "logp/ref" in batch.kept:
+        if batch.kept is not None and {"logp", "logp/ref"} <= set(batch.kept.names()):
             kept = batch.kept
             gap = (kept.logp - kept["logp/ref"])[kept.mask]
             metrics[names.KL] = float((torch.expm1(-gap.clamp(-20, 20)) + gap).mean())
@@ -213,6 +218,42 @@ class Trainer:
         for name, model in self.method.models_in_use.items():
             if model.due(self.iteration):
                 model.install(self.policy, name)
+            if self.iteration == 0 and getattr(model, "recipe", None) is not None:
+                self._train_model(name, model.recipe, model.steps)
+
+    def _train_model(self, name: str, recipe: Method, steps: int) -> None:
+        """Let another method train the policy, freeze what comes of it as the model, and go back to the start.
+
+        What it samples is charged to the budget; its iterations are none of the run's.
+        """
+        start, version = [p.detach().clone() for p in self.policy.parameters()], self.policy.version
+        for own, model in recipe.models_in_use.items():
+            model.install(self.policy, own)
+        inner = replace(
+            self,
+            method=recipe,
+            collect=replace(self.collect, stale=0, in_flight=[]),
+            budget=Budget(steps=steps),
+            trackers=Trackers({}),
+            evaluator=None,
+            eval_every=None,
+            save_every=None,
+            seed=self.seed + 1,
+            on_progress=lambda phase, metrics: self.on_progress(f"training the model {name}", {}),
+            meter=Meter(),
+            controlled={},
+        )
+        for _ in range(steps):
+            inner.step()
+        self.policy.add_model(name)
+        with torch.no_grad():
+            for parameter, value in zip(self.policy.parameters(), start, strict=True):
+                parameter.copy_(value)
+        self.policy.version = version
+        # The run has not begun: its optimizer has no moments yet.
+        self.optimizer.state.clear()
+        self.rejected = inner.rejected
+        self.meter.add(tokens=inner.meter.spent.tokens, rollouts=inner.meter.spent.rollouts)
 
     def _sampling_progress(self, done: int, total: int) -> None:
         self.on_progress(f"sampling {done}/{total}", {})
@@ -240,6 +281,17 @@ class Trainer:
             self.eval_every.done(self.meter.spent)
         self.trackers.log(self.iteration, metrics)
         return metrics
+
+    def conclude(self, folder: Path) -> None:
+        """Let parts that have a method ``conclude(answers, evaluate, folder)`` write, beside the trained model in that
+        folder, what its use needs: they are shown answers to the first `CONCLUDED` training prompts.
+        """
+        parts = [part for slot in self.method.slots().values() for part in flatten(slot) if hasattr(part, "conclude")]
+        if parts:
+            requests = [Request(example, self.collect.group) for example in self.collect.pool[:CONCLUDED]]
+            answers = self.method.rollout(self.policy, requests, limit=self.collect.limit, seed=self.seed)
+            for part in parts:
+                part.conclude(answers, self._evaluated, folder)
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 

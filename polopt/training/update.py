@@ -13,7 +13,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from polopt.core.method import Method
 from polopt.core.policy import START, Policy
 from polopt.core.rollout import Rollout, Unit
 from polopt.training.checks import RatioStatistics
+from polopt.training.optimizer import load_optimizer_state, optimizer_state
 from polopt.training.profile import Profiler
 
 SCORE_NORM: Final = "score_norm"
@@ -118,15 +119,11 @@ class BatchStep:
 
     def preview(self) -> float:
         """The KL of a whole step along ``.grad``, for two forward passes and a copy of parameters and moments."""
-        kept = [parameter.detach().clone() for parameter in self.parameters]
-        state = copy.deepcopy(self.optimizer.state_dict())
+        saved = self.saved()
         before = self._present_logp()
         self.optimizer.step()
         gap = (self._present_logp() - before)[self.batch.mask].clamp(-20, 20)
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, kept, strict=True):
-                parameter.copy_(value)
-        self.optimizer.load_state_dict(state)
+        self._put_back(saved)
         return float((torch.expm1(gap) - gap).mean()) if gap.numel() else 0.0
 
     def _present_logp(self) -> Float[Tensor, " step"]:
@@ -142,6 +139,22 @@ class BatchStep:
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
         self.policy.version += 1
+
+    def saved(self) -> dict[str, Any]:
+        """Copies of parameters and moments, by the parameter's index."""
+        kept = {str(index): parameter.detach().clone() for index, parameter in enumerate(self.parameters)}
+        return {"parameters": kept, "optimizer": copy.deepcopy(optimizer_state(self.optimizer))}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Put back what `saved` gave; the version counts up, as with every change of the weights."""
+        self._put_back(saved)
+        self.policy.version += 1
+
+    @torch.no_grad()
+    def _put_back(self, saved: Mapping[str, Any]) -> None:
+        for index, parameter in enumerate(self.parameters):
+            parameter.copy_(saved["parameters"][str(index)])
+        load_optimizer_state(self.optimizer, copy.deepcopy(saved["optimizer"]))
 
     def reject(self, reason: str) -> None:
         """Drop the gradient and report the batch."""
@@ -271,7 +284,8 @@ def _bins(work: Rollout, members: Tensor, unit: Unit, cost: Sequence[int], budge
 
 
 def _is_fresh(policy: Policy, rollout: Rollout) -> bool:
-    return "version" in rollout and bool((rollout["version"] == policy.version).all())
+    # What a data set holds was written, not sampled: it may have no log-probs.
+    return {"version", "logp"} <= set(rollout.names()) and bool((rollout["version"] == policy.version).all())
 
 
 def _accumulate(totals: dict[str, float], loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
@@ -297,6 +311,10 @@ def evaluate_columns(
         # The learner's own log-probs of what these weights sampled are there already.
         own = policy.exact_sampler or "logp/sampler" in rollout
         other = (rollout["version"] != policy.version) if own else torch.ones_like(rollout.lengths, dtype=torch.bool)
+        if "logp" not in rollout:
+            # Written, not sampled.
+            whole = evaluate_columns(policy, rollout, frozenset({"logp"}), token_budget, profiler)
+            rollout, other = whole, torch.zeros_like(other)
         start = rollout.logp.clone()
         if bool(other.any()):
             again = evaluate_columns(policy, rollout.select(other), frozenset({"logp"}), token_budget, profiler)
@@ -353,7 +371,10 @@ def square_norm(gradients: Iterable[Tensor | None]) -> float:
 
 
 def minibatches(rollout: Rollout, count: int, unit: str, generator: torch.Generator) -> list[Rollout]:
-    """The rollout shuffled into ``count`` batches of whole trajectories, or of whole groups where the unit is wider."""
+    """The rollout shuffled into ``count`` batches of whole trajectories, or of whole groups where the unit is a group.
+
+    A unit of the whole batch becomes one of the mini-batch, and its groups are cut.
+    """
     if count == 1:
         return [rollout]
     owners = rollout.group if unit == "group" else torch.arange(rollout.n_trajectories)

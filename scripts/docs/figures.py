@@ -20,7 +20,9 @@ ROOMS = ("core", "diagnosis", "policies/exact")
 
 def arguments(method: Method) -> list[str]:
     """The command line that draws a method, beside GRPO for scale."""
-    return ["diagnose", *dict.fromkeys([method.slug, "grpo"])]
+    # What learns from a data set is drawn on pairs of the policy's own answers.
+    own = ["--pairs", "on-policy"] if method.offline else []
+    return ["diagnose", *dict.fromkeys([method.slug, "grpo"]), *own]
 
 
 def draw(method: Method, folder: Path) -> tuple[Path | None, str]:

@@ -31,7 +31,7 @@ def test_methods_json_is_the_registry(run: Callable[..., Result]) -> None:
     assert listed["grpo"]["name"] == "GRPO"
     assert listed["grpo"]["slots"]["objective"].startswith("clipped-surrogate(low=0.2, high=0.2")
     assert listed["ppo"]["slots"]["objective"].count("clipped-value(") == 1
-    assert listed["grpo"]["slots"]["models"] == "ref: snapshot(every=None, at=None)"
+    assert listed["grpo"]["slots"]["models"] == "ref: snapshot(every=None, at=None, folder=None)"
 
 
 def test_methods_of_one_family(run: Callable[..., Result]) -> None:

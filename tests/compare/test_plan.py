@@ -6,6 +6,7 @@ from polopt.compare.plan import (
     EXACT_LR,
     TUNING_SEED,
     Plan,
+    World,
     make_worlds,
     parse_budget,
     parse_contender,
@@ -40,6 +41,19 @@ def test_every_way_of_writing_replaced_slots_is_the_same_contender(text: str) ->
     assert made.method().objective.high == 0.3
 
 
+@pytest.mark.parametrize("text", ["dpo+pairs=on-policy", "dpo --pairs on-policy"])
+def test_a_contender_may_sample_what_it_would_read(text: str) -> None:
+    made = parse_contender(text)
+    assert (made.label, made.pairs, dict(made.slots)) == ("dpo+pairs=on-policy", "on-policy", {})
+    assert not made.method().offline and parse_contender("dpo").method().offline
+    job = plan("dpo", text).job(made, World("arithmetic", task="arithmetic"), 0, None)
+    assert job.method.slots() == made.method().slots() and job.config.pairs == "on-policy"
+    # For all contenders that learn from a data set, unless they say otherwise.
+    assert parse_contender("dpo", pairs="on-policy").pairs == "on-policy"
+    assert parse_contender("dpo+pairs=data", pairs="on-policy").pairs == "data"
+    assert parse_contender("grpo", pairs="on-policy").pairs == "data"
+
+
 def test_shared_settings_hold_where_a_contender_has_none_of_its_own() -> None:
     shared = {"advantage": "leave-one-out", "advantage.normalize": "true", "rollout.temperature": "0.7"}
     assert parse_contender("grpo", shared).method().rollout.temperature == 0.7
@@ -59,6 +73,7 @@ def test_shared_settings_hold_where_a_contender_has_none_of_its_own() -> None:
         ("grpo --objective.high 0.3 stray", "expected --SLOT VALUE after the method, got 'stray'"),
         ("grpo --advantage 'x", "cannot be read"),
         ("+advantage=x", "names no method"),
+        ("grpo+pairs=on-policy", "samples its own answers"),
     ],
 )
 def test_a_wrong_contender_is_said(text: str, said: str) -> None:

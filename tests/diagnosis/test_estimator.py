@@ -28,6 +28,7 @@ from polopt.methods.base.ppo import GAE
 from polopt.methods.base.reinforce import BatchBaseline
 from polopt.policies.exact import SequenceSpace, policy_gradient
 from polopt.tasks.problems import Problem, problem
+from polopt.training.build import composed
 from tests.support import same
 
 SMALL = SequenceSpace(2, 2, end=True)
@@ -249,6 +250,13 @@ def test_a_sampled_path_says_so() -> None:
 @pytest.mark.parametrize("kind", ["multi-reward", "unequal-groups"])
 def test_every_method_is_diagnosed(slug: str, kind: str) -> None:
     made, method = problem(kind, space=SMALL, batch=2), get_method(slug)
+    if method.offline:
+        with pytest.raises(UsageError, match="--pairs on-policy"):
+            diagnose(method, made)
+        try:
+            method = composed(method, {}, pairs="on-policy")
+        except UsageError:
+            return  # what its data say nobody can sample
     own = (declared(method.rollout, "gives") - {"limit", "turn"}) | MASKED
     if own & (method | {"rollout": None}).needs:
         # What the method's own way to sample finds out is not in groups that are enumerated.

@@ -151,7 +151,7 @@ def test_heads_of_a_language_models_critic(tmp_path: Path) -> None:
     assert torch.equal(other.evaluate(rollout, VALUES)["value/2"], found["value/2"])
     policy.save(tmp_path / "model")
     loaded = CausalLM.load(tmp_path / "model", device="cpu")
-    loaded.add_critic(heads=2, folder=tmp_path / "model")
+    loaded.load_critic(tmp_path / "model")
     torch.testing.assert_close(loaded.evaluate(rollout, VALUES)["value/2"], found["value/2"])
     with pytest.raises(UsageError, match="value heads: 2, asked for: 1"):
         policy.add_critic()

@@ -74,7 +74,7 @@ def test_a_function_in_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("math-verfy", "no reward 'math-verfy'; built in are exact-match, format, length, math-verify, regex"),
+        ("math-verfy", "no reward 'math-verfy'; built in are exact-match, format, length, math-verify, model, regex"),
         ("math-verfy:3", "no reward 'math-verfy:3'; built in are"),
         ("lenght:target", "no reward 'lenght:target'; built in are"),
         ("", "no reward ''; built in are"),

@@ -308,6 +308,46 @@ def test_mistakes_are_sentences(
     assert "\n" not in str(caught.value)
 
 
+def test_lists_of_answers(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "1+1?", "completions": ["2", "3", "11"], "labels": [1, 0.5, -2]},
+        {"prompt": "2+2?", "completions": ["4", "5"], "labels": [True, False], "source": "me"},
+        {"prompt": "3+3?"},
+    ]
+    for extension in ("jsonl", "json"):
+        first, second, third = load_examples(write(tmp_path / f"lists.{extension}", rows))
+        assert (first.completions, first.labels) == (("2", "3", "11"), (1.0, 0.5, -2.0))
+        assert (second.completions, second.labels, second.columns["source"]) == (("4", "5"), (1.0, 0.0), "me")
+        assert third.completions == third.labels == () and "completions" not in first.columns
+    chats = [{"prompt": [USER], "completions": [[GOOD], [BAD]], "labels": [1.0, 0.0]}]
+    (chat,) = load_examples(write(tmp_path / "chats.jsonl", chats))
+    assert chat.completions == ((GOOD,), (BAD,))
+    mapped = [{"question": "1+1?", "answers": ["2", "3"], "scores": [9, 3]}]
+    mapping = {"prompt": "question", "completions": "answers", "labels": "scores"}
+    (example,) = load_examples(write(tmp_path / "mapped.jsonl", mapped), mapping=mapping)
+    assert (example.completions, example.labels) == (("2", "3"), (9.0, 3.0))
+    # A column of that name that is no list, or alone, is a column like any other.
+    plain = [{"prompt": "1+1?", "labels": "easy"}]
+    (example,) = load_examples(write(tmp_path / "plain.jsonl", plain))
+    assert example.labels == () and example.columns["labels"] == "easy"
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping", "message"),
+    [
+        ({"completions": ["2"], "labels": [1, 0]}, {}, "list of 1 numbers"),
+        ({"completions": ["2", "3"], "labels": [1, "good"]}, {}, "list of 2 numbers"),
+        ({"completions": ["2", None], "labels": [1, 0]}, {}, "a list of answers"),
+        ({"completions": [[GOOD], [BAD]], "labels": [1, 0]}, {}, "same kind as the prompt"),
+        ({"completions": ["2", "3"]}, {"completions": "completions"}, "needs labels too"),
+    ],
+)
+def test_mistakes_in_lists_of_answers(tmp_path: Path, row: dict[str, Any], mapping: Any, message: str) -> None:
+    path = write(tmp_path / "lists.jsonl", [{"prompt": "1+1?", **row}])
+    with pytest.raises(UsageError, match=message):
+        load_examples(path, mapping=mapping)
+
+
 def test_absent_sources(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"there is no file .*nope\.jsonl'"):
         load_examples(str(tmp_path / "nope.jsonl"))

@@ -22,6 +22,7 @@ from polopt.policies.causal_lm.payload import TokenPayload
 from polopt.policies.causal_lm.policy import CausalLM
 from polopt.rewards import NamedReward
 from polopt.rewards.scoring import Scorer
+from polopt.tasks.answers import with_answers
 from polopt.tasks.registry import get_task
 from polopt.training.budget import Budget
 from polopt.training.build import check_needs
@@ -36,7 +37,8 @@ from tests.policies.causal_lm.models import byte_tokenizer, tiny
 LIMIT = 10
 ENDS = tuple(range(0, 256, 7))
 """Tokens that end a completion, so that lengths differ."""
-POOL: Sequence[Example] = tuple(get_task("arithmetic").examples(12, seed=0))
+TASK = get_task("arithmetic")
+POOL: Sequence[Example] = tuple(with_answers(TASK, TASK.examples(12, seed=0), seed=0))
 
 
 def even_share(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
@@ -81,9 +83,10 @@ def make_tiny(seed: int = 0) -> CountingPolicy:
 def short(slug: str, **slots: Any) -> Method:
     """A registered method whose completions end early at some tokens, with its own state and other slots replaced."""
     method = get_method(slug)
-    # Of what a window cuts something is long enough to be right.
-    options = {"window": 7} if hasattr(method.rollout, "window") else {}
-    return (method | {"rollout": dataclasses.replace(method.rollout, stop_ids=ENDS, **options), **slots}).clone()
+    # Of what a window cuts something is long enough to be right; what a data set holds is as long as it is.
+    options: dict[str, Any] = {"window": 7} if hasattr(method.rollout, "window") else {}
+    options |= {"stop_ids": ENDS} if hasattr(method.rollout, "stop_ids") else {}
+    return (method | {"rollout": dataclasses.replace(method.rollout, **options), **slots}).clone()
 
 
 def make_collector(policy: CausalLM, reward: NamedReward = EVEN, **changes: Any) -> Collector:

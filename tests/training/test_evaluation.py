@@ -40,7 +40,8 @@ class Scripted:
         )
         lengths = [len(text) for _, text in rows]
         ids = [i for i, length in enumerate(lengths) for _ in range(length)]
-        step = {"mask": torch.ones(len(ids), dtype=torch.bool), "entropy": torch.arange(len(ids)).float()}
+        noted = {"entropy": torch.arange(len(ids)).float(), "logp": torch.zeros(len(ids))}
+        step = {"mask": torch.ones(len(ids), dtype=torch.bool), **noted}
         return Rollout.from_arrays(ids, [g for g, _ in rows], step=step, payload=payload)  # type: ignore[arg-type]
 
 

@@ -47,10 +47,12 @@ def test_three_iterations_of_every_method(slug: str, tmp_path: Path) -> None:
     # Where trajectories go on in the next iteration, their slots take no new ones; what is replayed is not sampled.
     least = 16 if "unfinished" in declared(methods()[slug].rollout, "gives") else 48
     least = 32 if isinstance(methods()[slug].rollout, Replay) else least
+    # A data set decides how many answers a prompt has: a pair, or a single one.
+    least = 12 if methods()[slug].offline else least
     assert summary["steps"] == 3 and summary["rollouts"] >= least
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert all(isinstance(v, int | float) and math.isfinite(v) for line in lines for v in line.values())
-    steps = [line for line in lines if "reward" in line]
+    steps = [line for line in lines if "groups/kept" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
     assert steps[-1]["updates/rejected"] == 0 if "updates/rejected" in steps[-1] else steps[-1]["groups/kept"] == 0
     learned = any(line.get("grad_norm", 0.0) > 0 for line in steps)
@@ -58,7 +60,7 @@ def test_three_iterations_of_every_method(slug: str, tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     assert learned == any(not torch.equal(before[name], after[name]) for name in before)
     # A group in which every answer is worth the same teaches most methods nothing; where they differ, all learn.
-    if any(line["frac_reward_zero_std"] < 1 for line in steps):
+    if any(line.get("frac_reward_zero_std", 0.0) < 1 for line in steps):
         assert learned
     model, tokenizer = (auto.from_pretrained(run / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
     assert bool(torch.isfinite(model(tokenizer("1+2=?\n", return_tensors="pt")["input_ids"]).logits).all())

@@ -300,13 +300,13 @@ def test_the_figure_shows_the_score_against_staleness(tmp_path: Path, monkeypatc
     plan = Plan(contenders, worlds, "steps", 3, seeds=2, points=1, settings={"prompts": 2, "group": 4})
     comparison = compare(plan, Cache(tmp_path / "cache"))
     drawn: dict[str, Any] = {}
-    dress = figure._dress
+    dress = figure.dress
 
     def noting(axis: Any, title: str) -> None:
         drawn[title] = axis
         dress(axis, title)
 
-    monkeypatch.setattr(figure, "_dress", noting)
+    monkeypatch.setattr(figure, "dress", noting)
     figure.plot_report(make_report(comparison), "title", tmp_path / "a.png")
     axis = drawn["Final score against staleness: multi-step"]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "4"]

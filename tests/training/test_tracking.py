@@ -136,7 +136,8 @@ def test_names_agree_with_trl_where_both_log_the_same_thing() -> None:
     trainer = pytest.importorskip("importlib.util").find_spec("trl")
     if trainer is None:
         pytest.skip("trl is not installed")
-    source = (Path(trainer.submodule_search_locations[0]) / "trainer" / "grpo_trainer.py").read_text()
+    folder = Path(trainer.submodule_search_locations[0]) / "trainer"
+    source = "".join((folder / f"{name}_trainer.py").read_text() for name in ("grpo", "dpo"))
     ours = {"NUM_ROLLOUTS", "SECONDS", "TOKENS_PER_SECOND", "EVAL", "ACCURACY", "ACCURACY_LOW", "ACCURACY_HIGH"}
     inherited = {"GRAD_NORM", "LEARNING_RATE", "LOSS"}  # logged by the transformers Trainer below it
     constants = {name: value for name, value in vars(metrics_names).items() if name.isupper()}

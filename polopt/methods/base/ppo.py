@@ -33,13 +33,15 @@ class GAE(Part):
 
     r_t is ``step_reward`` plus, on the last trainable step, the trajectory's ``reward``; V_t is the value of the prefix
     before step t and 0 after the last step, also where a length limit cut the trajectory. The return A_t + V_t is taken
-    before whitening. Masked steps are skipped; a trajectory with an invalid reward gets advantage 0 and return V_t.
-    arXiv:1506.02438, Eq. 16.
+    before whitening, whose variance (over n - 1 unless ``unbiased`` is off) has ``eps`` added. Masked steps are
+    skipped; a trajectory with an invalid reward gets advantage 0 and return V_t. arXiv:1506.02438, Eq. 16.
     """
 
     gamma: float = 1.0
     lam: float = 0.95
     whiten: bool = True
+    eps: float = 1e-8
+    unbiased: bool = True
 
     needs = frozenset({"reward", "value"})
     gives = frozenset({"return"})
@@ -62,7 +64,7 @@ class GAE(Part):
         returns = advantage + value
         if self.whiten:
             # Steps of invalid trajectories take no part in the statistics.
-            advantage = rollout.whiten(torch.where(valid, advantage, torch.nan))
+            advantage = rollout.whiten(torch.where(valid, advantage, torch.nan), eps=self.eps, unbiased=self.unbiased)
         return {"advantage": advantage, "return": returns}
 
 

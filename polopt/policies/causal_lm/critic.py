@@ -7,6 +7,7 @@ from typing import Final
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -49,6 +50,17 @@ def save_critic(head: ValueHead, folder: Path) -> None:
     """Write the head beside the model as ``critic.safetensors``."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
     save_file(tensors, folder / FILE)
+
+
+def saved_heads(folder: Path) -> int:
+    """How many value heads `save_critic` wrote. Raises UsageError naming the file when it is missing or damaged."""
+    path = folder / FILE
+    if not path.is_file():
+        raise UsageError(f"{folder} holds no critic: {FILE} is missing")
+    try:
+        return len(load_file(path)["linear.bias"])
+    except (SafetensorError, KeyError) as error:
+        raise UsageError(f"{path} is no critic: {error}") from error
 
 
 def load_critic(head: ValueHead, folder: Path) -> None:

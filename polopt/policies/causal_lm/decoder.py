@@ -27,7 +27,7 @@ from torch import Tensor
 
 from polopt.core.errors import UsageError
 from polopt.core.policy import Sampling
-from polopt.policies.causal_lm.fallback import MaskPolicy, decode_with_generate, evaluating
+from polopt.policies.causal_lm.fallback import Companion, MaskPolicy, decode_with_generate, evaluating
 from polopt.policies.causal_lm.families import Network, hidden_states, logits, read, rotary_table, supports, unwrap
 from polopt.policies.causal_lm.generations import Generations, Progress, Recorder, Request, check_request
 from polopt.policies.sampling import draw, uniforms
@@ -59,10 +59,11 @@ def generate(
     progress: Progress | None = None,
     limits: Sequence[int | None] | None = None,
     mask: MaskPolicy | None = None,
+    mixture: Companion | None = None,
 ) -> Generations:
-    """``decode`` where the model is supported, ``decode_with_generate`` elsewhere and where a mask policy has a say."""
-    if mask is not None:
-        run: Callable[..., Generations] = partial(decode_with_generate, mask=mask)
+    """``decode`` where the model is supported, ``decode_with_generate`` elsewhere and where another model has a say."""
+    if mask is not None or mixture is not None:
+        run: Callable[..., Generations] = partial(decode_with_generate, mask=mask, mixture=mixture)
     else:
         run = decode if supports(model) else decode_with_generate
     return run(

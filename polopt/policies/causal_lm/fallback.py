@@ -36,12 +36,14 @@ def decode_with_generate(
     progress: Progress | None = None,
     limits: Sequence[int | None] | None = None,
     mask: MaskPolicy | None = None,
+    mixture: Companion | None = None,
 ) -> Generations:
     """As ``decode``, for any model with ``generate``: same fields, and the same draws from the same seeds.
 
     ``generate`` only runs the forward passes; a logits processor makes the draw and forces it. Prompts are left-padded,
     except for recurrent models, whose state padding would enter: those run in batches of equal length. ``mask`` says at
-    every step which tokens may be drawn, for one more forward pass.
+    every step which tokens may be drawn, and ``mixture`` is the model that the policy is mixed with: each of them costs
+    one more forward pass.
     """
     request = check_request(
         model,
@@ -60,7 +62,7 @@ def decode_with_generate(
     device = request.device.type
     with evaluating(model), _own_generation_config(model), autocast(device, dtype):
         for rows in _batches(request, exact_lengths=bool(getattr(model, "_is_stateful", False))):
-            _run(model, request, recorder, rows, mask)
+            _run(model, request, recorder, rows, mask, mixture)
     return recorder.finish()
 
 
@@ -77,7 +79,14 @@ def _batches(request: Request, exact_lengths: bool) -> Iterator[NDArray[np.int64
         start += len(rows)
 
 
-def _run(model: Any, request: Request, recorder: Recorder, rows: NDArray[np.int64], policy: MaskPolicy | None) -> None:
+def _run(
+    model: Any,
+    request: Request,
+    recorder: Recorder,
+    rows: NDArray[np.int64],
+    policy: MaskPolicy | None,
+    mixture: Companion | None,
+) -> None:
     prompts = [request.prompts[request.owner[row]] for row in rows]
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=request.device)
@@ -86,11 +95,12 @@ def _run(model: Any, request: Request, recorder: Recorder, rows: NDArray[np.int6
     recorder.begin(rows, np.zeros(len(rows), np.int64))
     config = _plain_config(do_sample=False, num_beams=1, max_new_tokens=steps, pad_token_id=0)
     allowed = None if policy is None else policy.start(mask)
+    other = None if mixture is None else mixture.logits(mask)
     model.generate(
         input_ids=ids,
         attention_mask=mask,
         generation_config=config,
-        logits_processor=LogitsProcessorList([_Chooser(request, recorder, rows, allowed)]),
+        logits_processor=LogitsProcessorList([_Chooser(request, recorder, rows, allowed, other)]),
         stopping_criteria=StoppingCriteriaList([_Ended(recorder)]),
     )
 
@@ -100,25 +110,19 @@ def _plain_config(**options: Any) -> GenerationConfig:
 
 
 @dataclass(frozen=True)
-class MaskPolicy:
-    """The tokens that may be drawn: the nucleus of a model (`polopt.policies.nucleus.nucleus`) at temperature 1.
-
-    ``weights`` opens a context in which a Hugging Face module holds its weights.
-    """
+class Companion:
+    """A model that reads along while another one writes; ``weights`` opens a context in which a module holds it."""
 
     weights: Callable[[], AbstractContextManager[Any]]
-    p: float
-    least: int
-    always: tuple[int, ...]
 
-    def start(self, mask: Tensor) -> Callable[[Tensor], Tensor]:
-        """Allowed tokens [row, vocab] after the tokens [row, time] of one batch, which grow by one from call to call.
+    def logits(self, mask: Tensor) -> Callable[[Tensor], Tensor]:
+        """Its next logits [row, vocab] after the tokens [row, time] of one batch, which grow by one from call to call.
 
         ``mask`` is that of the left-padded prompts.
         """
         past: Any = None
 
-        def allowed(ids: Tensor) -> Tensor:
+        def following(ids: Tensor) -> Tensor:
             nonlocal past
             with self.weights() as model:
                 grown = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
@@ -132,25 +136,45 @@ class MaskPolicy:
                 with evaluating(model):
                     out = model(**inputs, past_key_values=past, use_cache=True) if cached else model(**inputs)
             past = out.past_key_values if cached else None
-            return nucleus(out.logits[:, -1].float().softmax(-1), self.p, self.least, self.always)
+            return out.logits[:, -1].float()  # type: ignore[no-any-return]
 
-        return allowed
+        return following
+
+
+@dataclass(frozen=True)
+class MaskPolicy(Companion):
+    """The tokens that may be drawn: the nucleus of a model (`polopt.policies.nucleus.nucleus`) at temperature 1."""
+
+    p: float
+    least: int
+    always: tuple[int, ...]
+
+    def start(self, mask: Tensor) -> Callable[[Tensor], Tensor]:
+        """Allowed tokens [row, vocab], as `logits`."""
+        following = self.logits(mask)
+        return lambda ids: nucleus(following(ids).softmax(-1), self.p, self.least, self.always)
 
 
 class _Chooser(LogitsProcessor):
     """Draws with the trajectories' own randomness and leaves ``generate`` no other choice."""
 
     def __init__(
-        self, request: Request, recorder: Recorder, rows: NDArray[np.int64], allowed: Callable[[Tensor], Tensor] | None
+        self,
+        request: Request,
+        recorder: Recorder,
+        rows: NDArray[np.int64],
+        allowed: Callable[[Tensor], Tensor] | None,
+        other: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        self.request, self.recorder, self.allowed = request, recorder, allowed
+        self.request, self.recorder, self.allowed, self.other = request, recorder, allowed, other
         self.seeds = request.seeds[torch.from_numpy(rows).to(request.device)]
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = torch.full_like(self.seeds, self.step)
         allowed = None if self.allowed is None else self.allowed(input_ids)
-        chosen = draw(scores, uniforms(self.seeds, step), self.request.sampling, self.request.entropy, allowed)
+        other = None if self.other is None else self.other(input_ids)
+        chosen = draw(scores, uniforms(self.seeds, step), self.request.sampling, self.request.entropy, allowed, other)
         self.recorder.add(chosen)
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen.token[:, None], 0.0)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Parameter
 
 from polopt.core.errors import UsageError
-from polopt.core.example import Example, Text
+from polopt.core.example import Example, Message, Text
 from polopt.core.loss import Evaluation
 from polopt.core.policy import (
     MASKED,
@@ -34,8 +34,8 @@ from polopt.core.policy import (
 from polopt.core.rollout import Rollout, Source
 from polopt.policies.causal_lm import decoder
 from polopt.policies.causal_lm.corruption import blank_id, corrupted, observed
-from polopt.policies.causal_lm.critic import ValueHead, load_critic, save_critic
-from polopt.policies.causal_lm.fallback import MaskPolicy
+from polopt.policies.causal_lm.critic import ValueHead, load_critic, save_critic, saved_heads
+from polopt.policies.causal_lm.fallback import Companion, MaskPolicy
 from polopt.policies.causal_lm.forward import (
     OutputLayer,
     Weights,
@@ -56,6 +56,7 @@ from polopt.policies.causal_lm.loading import (
 )
 from polopt.policies.causal_lm.payload import TokenPayload
 from polopt.policies.causal_lm.snapshots import (
+    SavedModel,
     Snapshot,
     is_adapted,
     load_tensors,
@@ -190,6 +191,7 @@ class CausalLM:
             dtype=self.dtype,
             limits=[request.limit for request in requests],
             mask=self._mask_policy(sampling),
+            mixture=self._mixture(sampling),
         )
         completions = [ids.tolist() for ids in torch.split(made.ids.cpu(), made.lengths.tolist())]
         payload = TokenPayload.build(
@@ -220,22 +222,32 @@ class CausalLM:
         """What may be drawn, where a model of the policy decides it; special tokens always."""
         if sampling.nucleus_of is None:
             return None
-        if sampling.nucleus_of not in self._snapshots:
-            raise UsageError(
-                f"nucleus_of is {sampling.nucleus_of!r}; this policy has the models "
-                f"{', '.join(sorted(self._snapshots)) or 'none'}"
-            )
+        weights = self._weights("nucleus_of", sampling.nucleus_of)
         always = tuple(sorted({*self.eos_ids, *self.tokenizer.all_special_ids}))
-        weights = partial(self._snapshots[sampling.nucleus_of].active, self.model)
         return MaskPolicy(weights, sampling.nucleus_p, sampling.nucleus_min, always)
 
-    def write(self, requests: Sequence[Request], texts: Sequence[str]) -> Rollout:
+    def _mixture(self, sampling: Sampling) -> Companion | None:
+        """The model of the policy that it is mixed with."""
+        name = sampling.mixture_of
+        return None if name is None else Companion(self._weights("mixture_of", name))
+
+    def _weights(self, option: str, name: str) -> Callable[[], AbstractContextManager[Any]]:
+        """What opens a context with the weights of an added model, which an option of the sampling names."""
+        if name not in self._snapshots:
+            raise UsageError(
+                f"{option} is {name!r}; this policy has the models {', '.join(sorted(self._snapshots)) or 'none'}"
+            )
+        return partial(self._snapshots[name].active, self.model)
+
+    def write(self, requests: Sequence[Request], texts: Sequence[Text], *, end: bool = False) -> Rollout:
         """One trajectory per request, a group of its own, whose steps are the tokens of the text (no special ones).
 
-        Step columns ``action`` and ``mask``; raises UsageError naming the example for a text of no token, or one that
-        the context has no room for.
+        A chat is what the template makes of it after the prompt, its special tokens included. ``end`` appends the
+        end-of-sequence token where the text does not end by one, and drops blanks that a template writes behind it.
+        Step columns ``action`` and ``mask``; raises UsageError naming the example for a text of no token, one that the
+        context has no room for, and a chat that is not all the assistant's or does not go on from its prompt.
         """
-        written = [list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        written = [self._spelled(request, text, end) for request, text in zip(requests, texts, strict=True)]
         prompts = [self._conditioned(request) for request in requests]
         for request, prompt, ids in zip(requests, prompts, written, strict=True):
             if not ids:
@@ -260,6 +272,41 @@ class CausalLM:
         return Rollout(
             lengths, torch.arange(len(requests)).to(lengths), {"step": step, "trajectory": trajectory}, payload
         )
+
+    def _spelled(self, request: Request, text: Text, end: bool) -> list[int]:
+        """Tokens of an answer; none for an empty one."""
+        if not isinstance(text, str):
+            text = self._continuation(request, text)
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not end or not ids:
+            return ids
+        if not self.eos_ids:
+            raise UsageError("the model has no end-of-sequence token to end an answer with; set end to false")
+        places = [place for place, token in enumerate(ids) if token in self.eos_ids]
+        if places and not self.tokenizer.decode(ids[places[-1] + 1 :]).strip():
+            return ids[: places[-1] + 1]
+        own = self.tokenizer.eos_token_id
+        return [*ids, own if own in self.eos_ids else self.eos_ids[0]]
+
+    def _continuation(self, request: Request, answer: Sequence[Message]) -> str:
+        """What the chat template writes for an answer behind its prompt."""
+        prompt, name = _prompt(request), request.example.id
+        if isinstance(prompt, str):
+            raise UsageError(f"an answer to example {name!r} is a chat, but its prompt is plain text")
+        if other := next((message["role"] for message in answer if message["role"] != "assistant"), None):
+            raise UsageError(
+                f"an answer to example {name!r} has a message of role {other!r}: the policy did not write it; put "
+                f"what comes before the last answer into the prompt"
+            )
+        before = self._rendered(prompt)
+        chat = [dict(message) for message in (*prompt, *answer)]
+        whole = cast(str, self.tokenizer.apply_chat_template(chat, tokenize=False))
+        if not whole.startswith(before):
+            raise UsageError(
+                f"the chat template does not write an answer to example {name!r} behind its prompt: with the answer, "
+                f"the prompt itself is written differently; give prompts and answers as plain text"
+            )
+        return whole[len(before) :]
 
     def room(self, rollout: Rollout) -> list[int]:
         """Steps that each trajectory may still take before the context ends; 2^31 where nothing ends it."""
@@ -420,6 +467,11 @@ class CausalLM:
 
         return corrupted(payload, corruption, self.version, blank_id(self.tokenizer, corruption.blank), places)
 
+    def corrupted(self, rollout: Rollout, corruption: Corruption) -> Rollout:
+        """The same completions after prompts with blanks, as a view sees them (`add_view`)."""
+        spoilt = self._corrupted(cast(TokenPayload, rollout.payload), corruption)
+        return dataclasses.replace(rollout, payload=spoilt)
+
     def cost(self, rollout: Rollout) -> list[int]:
         """Tokens of each trajectory, its prompt included."""
         payload = cast(TokenPayload, rollout.payload)
@@ -435,6 +487,16 @@ class CausalLM:
         self._snapshots.pop(name, None)  # first, so that no two copies are held
         self._snapshots[name] = snapshot(self.model)
 
+    def load_model(self, name: str, folder: Path) -> None:
+        """Freeze the model of a folder as ``name``: what `save` wrote, or any of the policy's kind and tokenizer.
+
+        A checkpoint holds the folder's path. Raises UsageError naming the folder where they do not fit.
+        """
+        if load_tokenizer(folder).get_vocab() != self.tokenizer.get_vocab():
+            raise UsageError(f"{folder} has another tokenizer than the policy; model {name!r} must share it")
+        self._snapshots.pop(name, None)
+        self._snapshots[name] = SavedModel(self.model, folder)
+
     def add_view(self, name: str, corruption: Corruption) -> None:
         """Let ``name`` stand for the present weights under a corrupted prompt (see `polopt.core.policy.Corruption`).
 
@@ -447,19 +509,44 @@ class CausalLM:
         blank_id(self.tokenizer, corruption.blank)
         self._views[name] = corruption
 
-    def add_critic(self, heads: int = 1, folder: Path | None = None) -> None:
-        """Value heads on the shared trunk, as `ValueHead` starts them or read from where `save` wrote them.
+    def add_critic(self, heads: int = 1) -> None:
+        """Value heads on the shared trunk, as `ValueHead` starts them.
 
-        Does nothing where there are as many. Raises UsageError where there are others, and when ``folder`` holds no
-        critic of this size.
+        Does nothing where there are as many. Raises UsageError where there are others.
         """
         if self.critic is None:
-            head = ValueHead(text_config(unwrapped(self.model)).hidden_size, heads)
-            if folder is not None:
-                load_critic(head, folder)
-            self.critic = head.to(self.device)
+            self.critic = ValueHead(text_config(unwrapped(self.model)).hidden_size, heads).to(self.device)
         elif self.critic.heads != heads:
             raise UsageError(f"the critic has value heads: {self.critic.heads}, asked for: {heads}")
+
+    def load_critic(self, folder: Path) -> None:
+        """The critic that `save` wrote to a folder, with as many heads as it has.
+
+        Raises UsageError for a folder without one, for one of another size, and where there is one with other heads.
+        """
+        head = ValueHead(text_config(unwrapped(self.model)).hidden_size, saved_heads(folder))
+        load_critic(head, folder)
+        self.add_critic(head.heads)
+        assert self.critic is not None
+        self.critic.load_state_dict(head.state_dict())
+
+    def rewards_of(
+        self, rollout: Rollout, scales: Sequence[Float[Tensor, " hidden"] | None] = (None,)
+    ) -> Float[Tensor, "scale head trajectory"]:
+        """What each value head makes of the prefix before the last step of each trajectory, without gradient.
+
+        ``scales`` multiply the hidden state that the heads read, one pass through them for each: dropout, from one pass
+        through the trunk. Raises ValueError without a critic.
+        """
+        if self.critic is None:
+            raise ValueError("the policy has no critic to score with")
+        with torch.no_grad():
+            states = self.evaluate(rollout, frozenset({"hidden"}))["hidden"][rollout.lengths.cumsum(0) - 1]
+            # What the output layer sees is scaled for it alone.
+            states = states.to(self.device) / (1.0 if self._layer is None else self._layer.scale)
+            seen = [states if scale is None else states * scale.to(states) for scale in scales]
+            heads = range(1, self.critic.heads + 1)
+            return torch.stack([torch.stack([self.critic(h, head) for head in heads]) for h in seen])
 
     def parameters(self) -> Sequence[Parameter]:
         """What trains: all weights, or the adapters, and the critic's."""

@@ -1,16 +1,20 @@
-"""Frozen models of a language model policy: whole copies, copies of its adapters, or its base without adapters."""
+"""Frozen models of a language model policy: whole copies, copies of its adapters, its base without adapters, or what
+another run saved.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from polopt.core.errors import UsageError
+from polopt.policies.causal_lm.loading import load_model, text_config
 
 
 class Snapshot(Protocol):
@@ -76,6 +80,33 @@ class AdapterCopy:
         return {"kind": "adapter", "tensors": dict(self.tensors)}
 
 
+class SavedModel:
+    """The model of a folder; a checkpoint holds where it is."""
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        """Read the model, for a live policy ``model``.
+
+        Raises UsageError naming the folder when it holds no model, or one of another architecture or size.
+        """
+        live = unwrapped(model)
+        self.folder = folder.resolve()
+        self.model = load_model(folder, next(live.parameters()).device).eval().requires_grad_(False)
+        own, other = (text_config(m) for m in (live, self.model))
+        same = type(live) is type(self.model) and own.vocab_size == other.vocab_size
+        if not same:
+            raise UsageError(
+                f"{folder} holds a {type(self.model).__name__} of {other.vocab_size} tokens, the policy is a "
+                f"{type(live).__name__} of {own.vocab_size}; a frozen model must be of the policy's kind"
+            )
+
+    @contextmanager
+    def active(self, model: Any) -> Iterator[Any]:
+        yield self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kind": "saved", "folder": str(self.folder)}
+
+
 def snapshot(model: Any) -> Snapshot:
     """The present weights, frozen in the cheapest form that is exact."""
     if not is_adapted(model):
@@ -90,6 +121,8 @@ def snapshot(model: Any) -> Snapshot:
 def snapshot_from_state(model: Any, name: str, state: Mapping[str, Any]) -> Snapshot:
     """Restore `Snapshot.state_dict`. Raises UsageError naming the model when it does not fit the policy."""
     kind = state.get("kind")
+    if kind == "saved":
+        return SavedModel(model, Path(state["folder"]))
     if kind == "whole" and not is_adapted(model):
         whole = WholeCopy(model)
         load_tensors(dict(whole.model.named_parameters()), state["tensors"], f"model {name!r}")

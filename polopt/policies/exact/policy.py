@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from polopt.core.errors import UsageError
-from polopt.core.example import Example
+from polopt.core.example import Example, Text
 from polopt.core.loss import Evaluation
 from polopt.core.policy import (
     MASKED,
@@ -240,13 +240,23 @@ class ExactPolicy:
     @torch.no_grad()
     def _kept(self, sampling: Sampling) -> Tensor:
         """Probabilities [B K, V] at the sampling temperature (1 for 0), truncated tokens at 0."""
-        chance = (self.table() / (sampling.temperature or 1.0)).softmax(-1).flatten(0, 1)
+        chance = self._chance(sampling)
         return chance.masked_fill(~self._allowed(sampling), 0.0) if sampling.truncates else chance
+
+    def _chance(self, sampling: Sampling) -> Tensor:
+        """The distribution drawn from before it is truncated, [B K, V]."""
+        return (self._drawn(sampling) / (sampling.temperature or 1.0)).softmax(-1).flatten(0, 1)
+
+    def _drawn(self, sampling: Sampling) -> Tensor:
+        """The logits that actions are drawn by, [B, K, V]: the policy's, or those of its mixture with a model."""
+        if sampling.mixture_of is None:
+            return self.table()
+        return torch.lerp(self.table(), self.model(sampling.mixture_of), sampling.mixture_weight)
 
     @torch.no_grad()
     def _allowed(self, sampling: Sampling) -> Tensor:
         """Which tokens may be drawn at each node, [B K, V]."""
-        chance = (self.table() / (sampling.temperature or 1.0)).softmax(-1).flatten(0, 1)
+        chance = self._chance(sampling)
         allowed = kept_tokens(chance, sampling)
         if sampling.nucleus_of is None:
             return allowed
@@ -261,7 +271,7 @@ class ExactPolicy:
         space = self.space
         room = space.length - space.depths[start]
         limits = torch.minimum(limits, room)
-        table = self.table().flatten(0, 1)
+        table = self._drawn(sampling).flatten(0, 1)
         if sampling.temperature == 0:
             best = table.masked_fill(~self._allowed(sampling), -torch.inf) if sampling.nucleus_of else table
             cumulative = torch.nn.functional.one_hot(best.argmax(-1), space.vocabulary).cumsum(-1).to(table)
@@ -287,22 +297,33 @@ class ExactPolicy:
             alive, node = alive[going], space.child(node, token)[going]
         return nodes, ids, lengths, cut
 
-    def write(self, requests: Sequence[Request], texts: Sequence[str]) -> Rollout:
+    def write(self, requests: Sequence[Request], texts: Sequence[Text], *, end: bool = False) -> Rollout:
         """One trajectory per request, a group of its own, whose steps are the tokens of the text (``"2 0 1"``).
 
-        Step columns ``action`` and ``mask``; raises UsageError naming the example for a text that the space does not
-        have after the request's prefix.
+        ``end`` appends the end token, where the space has one, to a text that another token could follow. Step columns
+        ``action`` and ``mask``; raises UsageError naming the example for a text that the space does not have after the
+        request's prefix.
         """
-        nodes, ids = [], []
+        nodes: list[int] = []
+        ids = []
         for request, text in zip(requests, texts, strict=True):
+            if not isinstance(text, str):
+                raise UsageError(f"an exact policy writes numbers, no chat as that for example {request.example.id!r}")
             written = [int(token) if token.isdecimal() else -1 for token in text.split()]
             if not written:
                 raise UsageError(f"a text to write for example {request.example.id!r} is empty")
-            path = [*request.prefix, *written]
-            nodes += [self.space.node_of(path[: len(request.prefix) + step]) for step in range(len(written))]
-            ids.append(torch.tensor(written))
             if not 0 <= min(written) <= max(written) < self.space.vocabulary:
                 raise UsageError(f"the text {text!r} for example {request.example.id!r} has a token outside the space")
+            open_ended = written[-1] < self.space.branching and len(request.prefix) + len(written) < self.space.length
+            if end and self.space.end and open_ended:
+                written.append(self.space.vocabulary - 1)
+            # Checked once: up to there every shorter prefix is one of the space too.
+            self.space.node_of([*request.prefix, *written[:-1]])
+            node = self.space.node_of(request.prefix)
+            for token in written:
+                nodes.append(node)
+                node = node * self.space.branching + 1 + token
+            ids.append(torch.tensor(written))
         lengths = torch.tensor([len(written) for written in ids])
         payload = SequencePayload(
             torch.tensor([self._problem(request.example) for request in requests]),
@@ -317,6 +338,20 @@ class ExactPolicy:
         step = {"action": payload.ids, "mask": torch.ones_like(payload.ids).bool()}
         trajectory = self._origin(lengths, Source.DATASET) | {"truncated": torch.zeros_like(lengths).bool()}
         return Rollout(lengths, torch.arange(len(requests)), {"step": step, "trajectory": trajectory}, payload)
+
+    def corrupted(self, rollout: Rollout, corruption: Corruption) -> Rollout:
+        """The same sequences asked of other problems: a prompt, one symbol here, becomes with ``probability`` that of a
+        problem drawn uniformly. Of ``corruption`` the blank is not used.
+        """
+        payload = cast(SequencePayload, rollout.payload)
+        last = rollout.lengths.cumsum(0) - 1
+        state = torch.tensor(corruption.seed * 1_000_003 + self.version).expand_as(last)
+        place = payload.nodes[last] * self.space.vocabulary + payload.ids[last]
+        seeds = _hash(_hash(state, payload.problem), place)
+        hit = uniforms(seeds, torch.zeros_like(seeds)) < corruption.probability
+        other = (uniforms(seeds, torch.ones_like(seeds)) * self.problems).long()
+        spoilt = dataclasses.replace(payload, problem=torch.where(hit, other, payload.problem))
+        return dataclasses.replace(rollout, payload=spoilt)
 
     def room(self, rollout: Rollout) -> list[int]:
         """Steps that each trajectory may still take before the space ends."""
@@ -417,7 +452,8 @@ class ExactPolicy:
 
     def cost(self, rollout: Rollout) -> list[int]:
         """Tokens of each trajectory; a prompt costs nothing."""
-        return [int(length) for length in rollout.lengths]
+        found: list[int] = rollout.lengths.tolist()
+        return found
 
     # --- models, parameters, state ------------------------------------------------------------------------------
 
@@ -431,6 +467,19 @@ class ExactPolicy:
         if tuple(frozen.shape) != shape:
             raise UsageError(f"model {name!r} needs a table of logits of shape {shape}, got {tuple(frozen.shape)}")
         self._models[name] = frozen.detach().to(self.logits.dtype, copy=True)
+
+    def load_model(self, name: str, folder: Path) -> None:
+        """Freeze the policy that `save` wrote to a folder as ``name``; its head may be another.
+
+        Raises UsageError naming the folder when it holds none, or one of another space or number of problems.
+        """
+        saved = type(self).load(folder)
+        if (saved.space, saved.problems) != (self.space, self.problems):
+            raise UsageError(
+                f"{folder} holds a policy of {saved.problems} problems on {saved.space}, model {name!r} must have "
+                f"{self.problems} on {self.space}"
+            )
+        self.add_model(name, saved.table())
 
     def add_view(self, name: str, corruption: Corruption) -> None:
         """Let ``name`` stand for the present policy with its prompt removed: m(v | prefix) = mean_b pi_b(v | prefix).

@@ -366,14 +366,14 @@ def test_a_saved_critic_can_be_taken_up_again(tmp_path: Path) -> None:
     move(one)
     one.save(tmp_path)
     other = CausalLM.load(tmp_path, device="cpu")
-    other.add_critic(folder=tmp_path)
+    other.load_critic(tmp_path)
     names = frozenset({"value"})
     torch.testing.assert_close(other.evaluate(rollout, names).value, one.evaluate(rollout, names).value)
     with pytest.raises(UsageError, match="holds no critic"):
-        policy().add_critic(folder=tmp_path / "elsewhere")
+        policy().load_critic(tmp_path / "elsewhere")
     smaller = policy(hidden_size=16)
     with pytest.raises(UsageError, match=r"critic of shapes .*\(1, 32\).* this model needs .*\(1, 16\)"):
-        smaller.add_critic(folder=tmp_path)
+        smaller.load_critic(tmp_path)
 
 
 def test_load_with_lora(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Methods that learn from which of several answers is preferred."""
