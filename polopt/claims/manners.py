@@ -75,7 +75,9 @@ def play(method: str, seed: int, quick: bool) -> Mapping[str, float]:
 
 def claims(slug: str) -> tuple[Claim, Claim]:
     """Both of a method: its gap is lower than the reward's, and than at the start."""
-    measure = functools.partial(play, slug)
+
+    def measure(seed: int, quick: bool) -> Mapping[str, float]:
+        return play(slug, seed, quick)
 
     def made(name: str, statement: str, baseline: str, control: str) -> Claim:
         metric = "gap of the manners of 512 held-out answers"

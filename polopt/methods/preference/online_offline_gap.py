@@ -4,7 +4,7 @@ s(y) = log pi(y) - log pi_ref(y), sums over the steps; the loss is IPO's,
 L = mean over pairs of (s(y_w) - s(y_l) - 1 / (2 tau))^2,
 or best-of-2, L = mean over pairs of -log pi(y_w) (`--objective best-of-n`). Only the source of the pairs differs:
 online, this recipe: y, y' ~ pi, and y wins with the probability P(y beats y') of a proxy preference, drawn;
-offline: a fixed data set (`--rollout dataset --filter none`, or `--method ipo`).
+offline: a fixed data set (`--rollout dataset --filter none`, or the method `ipo`).
 At equal KL from pi_ref the online policy wins more often, while the offline one classifies pairs better.
 Where all answers can be counted: with a fixed sampler mu of full support IPO ends at log pi / pi_ref = P(. > mu) / tau
 + const; online at log pi / pi_ref = P(. > pi) / tau + const, the Nash policy of the proxy under a KL to pi_ref.
