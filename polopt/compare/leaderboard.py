@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from polopt.compare.plan import parse_contender
 from polopt.compare.report import Entry, Report
 from polopt.compare.words import amount, duration, interval, number, ranged, seeds, signed
 from polopt.core.errors import UsageError
-from polopt.methods import get_method, methods
+from polopt.methods import methods
 from polopt.tasks.problems import problem
 from polopt.training.build import check_needs
 
@@ -20,18 +21,24 @@ PROBLEMS: Final = ("binary-verifier", "sparse-rewards", "several-modes", "multi-
 
 
 def fitting() -> tuple[list[str], dict[str, str]]:
-    """Methods that learn from generated prompts and verified answers alone; why the others do not, by slug."""
+    """Contenders that learn from generated prompts and verified answers alone; why other methods do not, by slug.
+
+    A method that learns from a data set makes its pairs from its own answers.
+    """
     fit: list[str] = []
     others: dict[str, str] = {}
     made = problem(PROBLEMS[0])
-    for slug in methods():
-        method = get_method(slug)
+    for slug, method in methods().items():
         try:
-            check_needs(method, made.policy(), made.reward_functions())
+            contender = parse_contender(f"{slug}+pairs=on-policy" if method.offline else slug)
+            composed = contender.method()
+            if not any(name == "logp" or name.startswith("logp/") for name in composed.evaluates):
+                raise UsageError(f"{slug} trains no policy: its loss reads no log-probs")
+            check_needs(composed, made.policy(), made.reward_functions())
         except UsageError as error:
             others[slug] = str(error)
         else:
-            fit.append(slug)
+            fit.append(contender.label)
     return fit, others
 
 
@@ -68,7 +75,8 @@ def make_page(
         "prompts. A score is the held-out score when the budget was spent, averaged over tasks; a difference is the "
         "mean over seeds of the paired difference, in bold where its 95% interval excludes zero. The intervals are not "
         "corrected for the number of methods. Every method has the same learning rate, that of its world, and its own "
-        "defaults otherwise: the table says what a method does as it comes, not what tuning could make of it.",
+        "defaults otherwise: the table says what a method does as it comes, not what tuning could make of it. A method "
+        "that learns from known answers samples them here (`pairs=on-policy`).",
         _overview(present, labels),
         *_assisted(labels),
         *(_details(name, report, labels) for name, report in present.items()),

@@ -19,7 +19,7 @@ from polopt.compare.page import write_page
 from polopt.compare.plan import make_worlds
 from polopt.compare.report import Report, as_dict, curve, has_collapsed, make_report
 from polopt.compare.words import duration, edges, headline, lines, title_of
-from polopt.methods import methods
+from polopt.methods import get_method, methods
 from tests.compare.worlds import comparison, exact_plan, result
 
 FINALS = {"grpo": (0.5, 0.6, 0.7, 0.8), "gspo": (0.7, 0.82, 0.9, 0.98), "dapo": (0.5, 0.63, 0.69, 0.8)}
@@ -175,7 +175,9 @@ def test_the_leaderboard_is_one_table_with_its_command(report: Report) -> None:
 
 def test_every_method_that_can_be_compared_is_on_the_leaderboard() -> None:
     fit, others = fitting()
-    assert set(fit) | set(others) == set(methods()) and "grpo" in fit
+    assert {label.partition("+")[0] for label in fit} | set(others) == set(methods()) and "grpo" in fit
+    assert all(get_method(label).offline is False for label in fit if "+" not in label)
+    assert "dpo+pairs=on-policy" in fit and "no policy" in others["reward-model"]
     assert len(TASKS) == 3 and len(PROBLEMS) >= 3
 
 
