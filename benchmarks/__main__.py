@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -37,8 +34,10 @@ def main() -> int:
         parser.error(f"there is no benchmark {unknown[0]!r}; there are {', '.join(known)}")
     if given.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {given.rounds}")
-    _quiet()
     from benchmarks.machine import describe
+    from benchmarks.training import quiet
+
+    quiet()
 
     where = describe()
     print(f"{date.today()}  " + "  ".join(f"{name} {value}" for name, value in where.items()), flush=True)
@@ -90,16 +89,6 @@ def _known() -> dict[str, Callable[[str, int], Row]]:
     for module in (importlib.import_module(f"benchmarks.{name}") for name in MODULES):
         found |= dict.fromkeys(module.CASES, module.run)
     return found
-
-
-def _quiet() -> None:
-    """Peers' notices do not belong into the table."""
-    os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"})
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    from transformers.utils import logging as notices
-
-    notices.disable_progress_bar()
 
 
 if __name__ == "__main__":

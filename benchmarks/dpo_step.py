@@ -18,7 +18,16 @@ from typing import Any
 from benchmarks.models import MEDIUM, SMALL, Shape, make_prompts, save
 from benchmarks.row import Row
 from benchmarks.timing import Contender
-from benchmarks.training import BUDGETS, ROWS, Polopt, against_trl, as_row, trl_settings, trl_steps, update_seconds
+from benchmarks.training import (
+    ROWS,
+    against_trl,
+    as_row,
+    polopt_options,
+    trl_options,
+    trl_settings,
+    trl_steps,
+    update_seconds,
+)
 
 PAIRS = 64
 CASES: Mapping[str, tuple[Shape, int]] = {
@@ -48,18 +57,10 @@ def run(name: str, rounds: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         save(shape, limit / 2, place / "model")
-        mine = {
-            f"{precision}, {budget} tokens": Polopt(
-                place, pairs, precision, method="dpo", prompts=PAIRS, token_budget=budget
-            )
-            for precision in ("float32", "bfloat16")
-            for budget in BUDGETS
-        }
+        mine = polopt_options(place, pairs, method="dpo", prompts=PAIRS)
         # A row is a pair there.
-        options = {
-            f"{'bf16' if bf16 else 'fp32'}, {rows} rows": (bf16, rows // 2) for bf16 in (False, True) for rows in ROWS
-        }
-        ratio, seen = against_trl(mine, lambda bf16, rows: _trl(place, pairs, bf16, rows), options, rounds)
+        theirs = trl_options(_trl, place, pairs, rows=[rows // 2 for rows in ROWS])
+        ratio, seen = against_trl(mine, theirs, rounds)
     words = [len(pair[side].split()) + 1 for pair in pairs for side in ("chosen", "rejected")]
     answers = sum(words) / len(words) * 2 * PAIRS
     prompts = sum(len(pair["prompt"].split()) for pair in pairs) / len(pairs) * PAIRS

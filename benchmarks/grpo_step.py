@@ -17,7 +17,15 @@ from typing import Any
 from benchmarks.models import MEDIUM, SMALL, Shape, least_seconds, make_prompts, save
 from benchmarks.row import Row
 from benchmarks.timing import Contender
-from benchmarks.training import BUDGETS, ROWS, Polopt, against_trl, as_row, trl_settings, trl_steps, update_seconds
+from benchmarks.training import (
+    against_trl,
+    as_row,
+    polopt_options,
+    trl_options,
+    trl_settings,
+    trl_steps,
+    update_seconds,
+)
 
 PROMPTS, GROUP = 16, 8
 CASES: Mapping[str, tuple[Shape, int]] = {
@@ -48,16 +56,8 @@ def run(name: str, rounds: int) -> Row:
             "group": GROUP,
             "slots": {"rollout.max_new_tokens": limit},
         }
-        examples = [{"prompt": text} for text in prompts]
-        mine = {
-            f"{precision}, {budget} tokens": Polopt(place, examples, precision, token_budget=budget, **settings)
-            for precision in ("float32", "bfloat16")
-            for budget in BUDGETS
-        }
-        options = {
-            f"{'bf16' if bf16 else 'fp32'}, {rows} rows": (bf16, rows) for bf16 in (False, True) for rows in ROWS
-        }
-        ratio, seen = against_trl(mine, lambda bf16, rows: _trl(place, prompts, limit, bf16, rows), options, rounds)
+        mine = polopt_options(place, [{"prompt": text} for text in prompts], **settings)
+        ratio, seen = against_trl(mine, trl_options(_trl, place, prompts, limit), rounds)
     tokens = seen["completion_tokens_per_step"]
     # Completions once when they are drawn, 128 tokens at a time, and three times in the update (forward and both halves
     # of backward); prompts once per group when they are prefilled, and three times per group in the update.

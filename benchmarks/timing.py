@@ -40,7 +40,7 @@ class Times:
 def alternate(contenders: Mapping[str, Contender], rounds: int, warmup: int = 1) -> Times:
     """``rounds`` repetitions of each contender in turn after ``warmup`` unmeasured ones, the order reversed each round.
 
-    The garbage collector runs between repetitions, not within.
+    The garbage collector runs between repetitions, not within; a contender with a method ``prepare`` is told when.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(-warmup, rounds):
@@ -48,6 +48,8 @@ def alternate(contenders: Mapping[str, Contender], rounds: int, warmup: int = 1)
         for name in order:
             gc.collect()
             gc.disable()
+            if hasattr(contenders[name], "prepare"):
+                contenders[name].prepare()
             started = time.perf_counter()
             contenders[name]()
             spent = time.perf_counter() - started

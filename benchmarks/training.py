@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
+import multiprocessing
+import os
+import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from benchmarks.models import Shape, least_seconds
 from benchmarks.row import Row
-from benchmarks.timing import Contender, alternate, best_setting
+from benchmarks.timing import Contender, alternate
 
 BUDGETS = (4096, 32768)
 """Tokens that polopt puts through the model at once."""
 ROWS = (32, 128)
 """Rows that TRL does."""
+LONG = 10.0
+"""Seconds of a step beside which what is done once matters little."""
+
+
+def quiet() -> None:
+    """Peers' notices do not belong into the table."""
+    os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"})
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    from transformers.utils import logging as notices
+
+    notices.disable_progress_bar()
 
 
 class Polopt:
-    """Steps of polopt's trainer on the model of a folder; ``examples`` are rows of its data set."""
+    """Steps of polopt's trainer on a model; ``examples`` are rows of its data set, ``folder`` is for its files."""
 
-    def __init__(self, folder: Path, examples: Sequence[Mapping[str, Any]], precision: str, **settings: Any) -> None:
+    def __init__(
+        self, model: Path, folder: Path, examples: Sequence[Mapping[str, Any]], precision: str, **settings: Any
+    ) -> None:
         from rich.console import Console
 
         from polopt.training.budget import Budget
@@ -37,7 +59,7 @@ class Polopt:
         data = folder / "data.jsonl"
         data.write_text("".join(json.dumps(example) + "\n" for example in examples))
         config = RunConfig(
-            model=str(folder / "model"),
+            model=str(model),
             data=str(data),
             steps=1_000_000,
             lr=1e-6,
@@ -118,27 +140,104 @@ def trl_settings(folder: Path, bf16: bool, rows: int, batch: int) -> dict[str, A
     }
 
 
-Option = tuple[bool, int]
-"""Half precision, rows at once."""
+Make = Callable[..., AbstractContextManager[Contender]]
+"""A function at the top of a module, with arguments that can be sent to another process."""
+
+
+class Apart:
+    """A contender in a process of its own; a call is one repetition there.
+
+    Two trainers in one process are slower than each alone: OpenMP parks the threads of one master when another's exist.
+    """
+
+    def __init__(self, make: Make, *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.tokens_per_step = 0.0
+        """Mean completion tokens so far, of a contender that counts them."""
+
+    def __call__(self) -> None:
+        self.tokens_per_step = self._ask("step")
+
+    def prepare(self) -> None:
+        """Collect garbage."""
+        self._ask("prepare")
+
+    def _ask(self, what: str) -> float:
+        self.pipe.send(what)
+        try:
+            return float(self.pipe.recv())
+        except EOFError:
+            raise RuntimeError("the process of a contender ended; what it printed says why") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pipe.close()
+        self.process.join(60)
+        self.process.kill()
+
+
+def _serve(pipe: Connection, make: Make, arguments: Sequence[Any]) -> None:
+    quiet()
+    with make(*arguments) as step:
+        while True:
+            try:
+                asked = pipe.recv()
+            except EOFError:
+                return
+            if asked == "prepare":
+                gc.collect()
+                gc.disable()
+            else:
+                step()
+                gc.enable()
+            pipe.send(getattr(step, "tokens_per_step", 0.0))
+
+
+@contextmanager
+def polopt_steps(
+    folder: Path, examples: Sequence[Mapping[str, Any]], precision: str, settings: Mapping[str, Any]
+) -> Iterator[Contender]:
+    """Steps of polopt's trainer, for `Apart`."""
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        yield Polopt(folder / "model", Path(own), examples, precision, **settings)
+
+
+def polopt_options(
+    folder: Path, examples: Sequence[Mapping[str, Any]], **settings: Any
+) -> dict[str, Callable[[], Apart]]:
+    """Polopt's steps at every setting."""
+    return {
+        f"{precision}, {budget} tokens": partial(
+            Apart, polopt_steps, folder, examples, precision, {**settings, "token_budget": budget}
+        )
+        for precision in ("float32", "bfloat16")
+        for budget in BUDGETS
+    }
+
+
+def trl_options(make: Make, *arguments: Any, rows: Sequence[int] = ROWS) -> dict[str, Callable[[], Apart]]:
+    """Steps of a trainer of TRL's, ``make(*arguments, bf16, rows)``, at every setting."""
+    return {
+        f"{'bf16' if bf16 else 'fp32'}, {many} rows": partial(Apart, make, *arguments, bf16, many)
+        for bf16 in (False, True)
+        for many in rows
+    }
 
 
 def against_trl(
-    mine: Mapping[str, Polopt],
-    theirs: Callable[[bool, int], AbstractContextManager[Contender]],
-    options: Mapping[str, Option],
-    rounds: int,
+    mine: Mapping[str, Callable[[], Apart]], theirs: Mapping[str, Callable[[], Apart]], rounds: int
 ) -> tuple[tuple[float, float, float], dict[str, Any]]:
     """TRL's seconds over polopt's (median and deciles), each side at the fastest of its settings, and what was seen."""
-    chosen = best_setting(mine)
-    # Each on its own: a trainer holds a model and an optimizer.
-    tried = {}
-    for label, option in options.items():
-        with theirs(*option) as step:
-            tried[label] = alternate({label: step}, rounds=1).median(label)
-    setting = min(tried, key=lambda label: tried[label])
-    with theirs(*options[setting]) as step:
-        times = alternate({"polopt": mine[chosen], "trl": step}, rounds)
-    tokens = mine[chosen].tokens_per_step
+    chosen, setting = (_fastest(options) for options in (mine, theirs))
+    with mine[chosen]() as ours, theirs[setting]() as trl:
+        times = alternate({"polopt": ours, "trl": trl}, rounds)
+        tokens = ours.tokens_per_step
     return times.ratio("trl", "polopt"), {
         "seconds": times.median("polopt"),
         "trl_seconds": times.median("trl"),
@@ -147,6 +246,18 @@ def against_trl(
         "completion_tokens_per_step": tokens,
         "tokens_per_second": tokens / times.median("polopt"),
     }
+
+
+def _fastest(options: Mapping[str, Callable[[], Apart]]) -> str:
+    """The fastest setting, each tried on its own: the median of three repetitions after the first, or the first alone
+    where that took longer than `LONG`.
+    """
+    tried = {}
+    for label, option in options.items():
+        with option() as step:
+            first = alternate({label: step}, rounds=1, warmup=0).median(label)
+            tried[label] = first if first > LONG else alternate({label: step}, rounds=3, warmup=0).median(label)
+    return min(tried, key=lambda label: tried[label])
 
 
 def as_row(
