@@ -35,10 +35,10 @@ def run(name: str, rounds: int) -> Row:
         "trl_seconds": times.median("trl"),
         "copy_seconds": times.median("copy"),
         "copies": copies,
-        "copies_goal": COPIES_GOAL,
         "padded_share": 1 - STEPS / (TRAJECTORIES * int(batch.lengths.max())),
     }
-    return Row(name, "TRL's advantage and loss", ratio, low, high, 1 / copies, GOAL, seconds, more)
+    peer, most = "TRL's advantage and loss", {"copies": COPIES_GOAL}
+    return Row(name, peer, ratio, low, high, 1 / copies, GOAL, seconds, more, most)
 
 
 class _Batch:

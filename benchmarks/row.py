@@ -10,7 +10,8 @@ from typing import Any
 class Row:
     """``ratio``: how many times as fast as the peer named in ``peer`` (median over rounds, ``ratio_low`` and
     ``ratio_high`` its deciles). ``share_of_limit``: time that the machine's measured peak rates need for the work that
-    must be done, over our time. ``goal``: the ratio that was aimed at. ``more`` holds what else was measured.
+    must be done, over our time. ``goal``: the ratio that was aimed at; ``most`` are names of numbers in ``more`` with the
+    largest values that were aimed at. ``more`` holds what else was measured.
     """
 
     name: str
@@ -22,11 +23,18 @@ class Row:
     goal: float
     seconds: float
     more: dict[str, Any] = field(default_factory=dict)
+    most: dict[str, float] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
-        """Whether the goal was reached, or by how much not."""
-        return "reached" if self.ratio >= self.goal else f"missed by {1 - self.ratio / self.goal:.0%}"
+        """Whether the goals were reached, or by how much not."""
+        missed = [f"missed by {1 - self.ratio / self.goal:.0%}"] if self.ratio < self.goal else []
+        missed += [
+            f"{name.replace('_', ' ')} {self.more[name]:.3g}, at most {most:g} wanted"
+            for name, most in self.most.items()
+            if self.more[name] > most
+        ]
+        return "; ".join(missed) or "reached"
 
     def as_dict(self) -> dict[str, Any]:
         """As it is written to JSON."""

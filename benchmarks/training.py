@@ -33,7 +33,8 @@ LONG = 10.0
 
 def quiet() -> None:
     """Peers' notices do not belong into the table."""
-    os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"})
+    silent = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_OFFLINE")
+    os.environ.update({"TRANSFORMERS_VERBOSITY": "error", **dict.fromkeys(silent, "1")})
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     from transformers.utils import logging as notices
