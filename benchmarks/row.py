@@ -10,8 +10,8 @@ from typing import Any
 class Row:
     """``ratio``: how many times as fast as the peer named in ``peer`` (median over rounds, ``ratio_low`` and
     ``ratio_high`` its deciles). ``share_of_limit``: time that the machine's measured peak rates need for the work that
-    must be done, over our time. ``goal``: the ratio that was aimed at. ``more`` holds what else was measured, ``most`` the
-    largest values aimed at of some of it.
+    must be done, over our time. ``goal``: the ratio that was aimed at. ``more`` holds what else was measured, ``most``
+    the largest values aimed at of some of it.
     """
 
     name: str
