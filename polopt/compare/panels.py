@@ -124,4 +124,5 @@ def _differences(axis: Any, panel: Differences) -> None:
     axis.set_ylim(0.6 - len(panel.rows), 0.4)
     axis.grid(False, axis="y")
     axis.margins(x=0.06)
+    axis.locator_params(axis="x", nbins=5)
     axis.set_xlabel(f"{panel.unit}, paired by seed", fontsize=9, color=INK)
