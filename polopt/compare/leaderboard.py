@@ -32,6 +32,8 @@ def fitting() -> tuple[list[str], dict[str, str]]:
         try:
             contender = parse_contender(f"{slug}+pairs=on-policy" if method.offline else slug)
             composed = contender.method()
+            if composed.reads_answers:
+                raise UsageError(f"{slug} learns from known answers beside its own")
             if not any(name == "logp" or name.startswith("logp/") for name in composed.evaluates):
                 raise UsageError(f"{slug} trains no policy: its loss reads no log-probs")
             check_needs(composed, made.policy(), made.reward_functions())

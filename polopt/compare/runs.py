@@ -208,10 +208,10 @@ def _exact(job: Job, folder: Path) -> tuple[Trainer, Measure]:
 
 
 def _asked(method: Method, made: Problem, seed: int) -> Sequence[Example]:
-    """The problems, or answers to them by the initial policy with labels, for a method that learns from a data set."""
-    if not method.offline:
+    """The problems, or answers to them by the initial policy with labels, for a method that reads such answers."""
+    if not method.reads_answers:
         return made.examples()
-    return labelled(made, ANSWERED * made.batch, kind=method.rollout.form, seed=seed)
+    return labelled(made, ANSWERED * made.batch, kind=getattr(method.rollout, "form", "lists"), seed=seed)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from polopt.compare.leaderboard import fitting
 from polopt.compare.plan import Plan, make_worlds, parse_contender
 from polopt.compare.runs import run
 from polopt.core.errors import UsageError
@@ -119,3 +120,9 @@ def test_a_language_model_is_judged_on_other_prompts_when_its_learning_rate_is_t
     assert 0 <= judged["points"][-1]["score"] <= 1
     assert judged["points"][0]["length"] != tuned["points"][0]["length"]
     assert judged["training"]["reward"] == tuned["training"]["reward"]
+
+
+@pytest.mark.parametrize("contender", [*fitting()[0], "gepo"])
+def test_every_contender_of_the_leaderboard_runs(contender: str) -> None:
+    found = run(exact_job(contender, settings={"prompts": 2}, rollouts=16))
+    assert 0 <= found["points"][-1]["score"] <= 1
