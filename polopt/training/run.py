@@ -141,10 +141,19 @@ def _evaluator(
 
 
 def _held_out(rollout: Any) -> Groups:
-    """How held-out answers are drawn: as training answers are, one by one, in the environment of training if any."""
+    """How held-out answers are drawn: as training answers are, one by one, in the environment of training if any.
+
+    They are the policy's own: of it alone where training mixes it with another model, and at its own temperature where
+    training explores at another.
+    """
     if hasattr(rollout, "held_out"):
         return cast(Groups, rollout.held_out())
-    return Groups(**{name: getattr(rollout, name) for name in Groups.__dataclass_fields__ if hasattr(rollout, name)})
+    options = {name: getattr(rollout, name) for name in Groups.__dataclass_fields__ if hasattr(rollout, name)}
+    options["mixture_of"] = None
+    if (own := options.get("policy_temperature")) is not None:
+        plain = {name: getattr(Groups(), name) for name in ("top_p", "top_k", "min_p", "policy_temperature")}
+        options |= {**plain, "temperature": own}
+    return Groups(**options)
 
 
 def _check_folder(run: Path, config: RunConfig, resume: bool) -> None:

@@ -15,10 +15,12 @@ import torch
 from polopt.core.example import Example
 from polopt.core.policy import Request, Sampling
 from polopt.core.rollout import Rollout
+from polopt.methods import get_method
 from polopt.rewards import NamedReward
 from polopt.rewards.scoring import Scorer
 from polopt.rollouts.groups import Groups
 from polopt.training.evaluation import Evaluator, samples_of
+from polopt.training.run import _held_out
 from tests.training.conftest import EVEN, LIMIT, POOL, CountingPolicy
 
 
@@ -132,3 +134,10 @@ def test_an_evaluation_repeats_and_leaves_the_runs_random_numbers_alone(policy: 
     # The same trajectories: a quarter is comparable with the whole.
     assert part.payload.completions == rollout.payload.completions[:3]  # type: ignore[union-attr]
     assert quarter["eval/accuracy"] == pytest.approx(float(rollout.reward[:3].mean()))
+
+
+@pytest.mark.parametrize(("slug", "temperature"), [("did", 1.0), ("nash-md", 1.0), ("egpo", 1.0), ("grpo", 1.0)])
+def test_held_out_answers_are_the_policy_s_own(slug: str, temperature: float) -> None:
+    """Not those of a mixture with the reference, nor of a hotter sampler that explores for it."""
+    drawn = _held_out(get_method(slug).rollout)
+    assert drawn == Groups(temperature=temperature)
