@@ -7,7 +7,8 @@ gap is max_s (P q)_s - 1/2: by how much the best manner beats it, 0 at the equil
 
 Measured: one answer to each of 512 held-out prompts after a default run of 60 iterations (16 prompts x 8), with the
 method's defaults and this judge. Against it, what a reward makes of the same preference: GRPO on the probability to
-beat the manners of the shipped policy's training data. 5 paired seeds.
+beat the manners of the shipped policy's training data. 5 paired seeds. A first run of nash-md and egpo was discarded:
+its held-out answers were drawn from nash-md's mixture with the reference and at egpo's temperature of 2.
 """
 
 from __future__ import annotations
