@@ -523,8 +523,9 @@ class Rollout:
         )
 
     @classmethod
-    def concat(cls, rollouts: Sequence[Self]) -> Self:
-        """One rollout after the other; their groups stay apart. They must have the same columns.
+    def concat(cls, rollouts: Sequence[Self], group: Int[Tensor, " trajectory"] | None = None) -> Self:
+        """One rollout after the other, with the same columns. Their groups stay apart, unless ``group`` says which
+        group each of all the trajectories is in.
 
         Rows of one column may differ in width, as those of ``beats`` do where groups differ in size: the shorter ones
         are filled up with NaN.
@@ -534,13 +535,15 @@ class Rollout:
         for other in rollouts[1:]:
             if odd := names.symmetric_difference(other.names()):
                 raise ValueError(f"cannot concatenate rollouts: only one of them has column {sorted(odd)[0]!r}")
-        offsets = torch.tensor([0, *(r.n_groups for r in rollouts[:-1])]).cumsum(0).tolist()
+        if group is None:
+            offsets = torch.tensor([0, *(r.n_groups for r in rollouts[:-1])]).cumsum(0).tolist()
+            group = torch.cat([r.group + offset for r, offset in zip(rollouts, offsets, strict=True)])
         payload = None
         if first.payload is not None:
             payload = first.payload.concat([cast(Payload, r.payload) for r in rollouts[1:]])
         return cls(
             torch.cat([r.lengths for r in rollouts]),
-            torch.cat([r.group + offset for r, offset in zip(rollouts, offsets, strict=True)]),
+            group,
             {
                 level: {n: _stacked([r.columns[level][n] for r in rollouts]) for n in first.columns.get(level, {})}
                 for level in LEVELS

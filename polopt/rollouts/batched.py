@@ -76,9 +76,7 @@ class Batched(Groups, Stateful):
             }
             written = written.with_columns(trajectory=columns)
             place = torch.tensor([place for place, _ in known], device=fresh.device)
-            # Concatenation keeps groups apart; here both parts of a group are one.
-            group = torch.cat([fresh.group, place.to(fresh.group)])
-            fresh = dataclasses.replace(Rollout.concat([fresh, written]), group=group)
+            fresh = Rollout.concat([fresh, written], torch.cat([fresh.group, place.to(fresh.group)]))
         return self._with_history(fresh, seed)
 
     def _with_history(self, fresh: Rollout, seed: int) -> Rollout:

@@ -61,7 +61,7 @@ class BesideAnswers(Groups):
         given = replace(written, columns={"step": step, "trajectory": trajectory})
         unlabelled = torch.full((drawn.n_trajectories,), torch.nan, device=drawn.device)
         own = drawn.with_columns(step={"mask/known": torch.zeros_like(drawn.mask)}, trajectory={"label": unlabelled})
-        return dataclasses.replace(Rollout.concat([own, given]), group=torch.cat([drawn.group, owner]))
+        return Rollout.concat([own, given], torch.cat([drawn.group, owner]))
 
     def check(self, examples: Sequence[Example]) -> None:
         """Raise UsageError for the first example that brings no answer."""

@@ -127,4 +127,4 @@ class Chain(Groups):
         )
         asked_by = torch.tensor([number for number, _ in known], device=main.device)
         group = torch.cat([main.group, asked_by[probes.group]])
-        return dataclasses.replace(Rollout.concat([main, probes]), group=group)
+        return Rollout.concat([main, probes], group)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -68,5 +67,4 @@ class Opponents(Groups):
             elif self.differs:
                 rollout = rollout.with_columns(step={"logp/sampled": rollout.logp.clone()})
             drawn.append(rollout.with_columns(trajectory=columns))
-        # Concatenation keeps groups apart; here both parts of a group are one.
-        return dataclasses.replace(Rollout.concat(drawn), group=torch.cat([part.group for part in drawn]))
+        return Rollout.concat(drawn, torch.cat([part.group for part in drawn]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -75,8 +74,7 @@ class Revisions(Dataset):
             "label": torch.full_like(again["label"], torch.nan),
         }
         blind = blind.with_columns(trajectory=columns, step={"mask/chosen": torch.zeros_like(again.mask)})
-        # Concatenation keeps groups apart; here both parts of a group are one.
-        return dataclasses.replace(Rollout.concat([seeing, blind]), group=torch.cat([seeing.group, again.group]))
+        return Rollout.concat([seeing, blind], torch.cat([seeing.group, again.group]))
 
     def read(self, requests: Sequence[Request]) -> list[Found]:
         found: list[Found] = []

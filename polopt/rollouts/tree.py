@@ -90,4 +90,4 @@ class Tree(Groups):
                 if on
             ]
             stem, tree, node = new.select(goes_on), tree[parent][goes_on], reached[goes_on]
-        return dataclasses.replace(Rollout.concat(leaves), group=torch.cat(owners))
+        return Rollout.concat(leaves, torch.cat(owners))

@@ -108,3 +108,8 @@ def labelled(
 def text_of(space: SequenceSpace, sequence: int) -> str:
     """A sequence as an exact policy writes it, ``"2 0 1"``."""
     return " ".join(str(token) for token in space.sequences[sequence].tolist() if token >= 0)
+
+
+def sequence_of(space: SequenceSpace, text: object) -> int:
+    """The sequence that is written so; the inverse of `text_of`."""
+    return space.index([int(token) for token in str(text).split()])

@@ -34,7 +34,7 @@ from polopt.methods.base.ppo import ppo
 from polopt.methods.preference.dpo import dpo
 from polopt.policies.exact import SequenceSpace, divergences
 from polopt.rewards.mixtures import LinearRewards
-from polopt.tasks.preferences import labelled
+from polopt.tasks.preferences import labelled, sequence_of
 from polopt.tasks.problems import problem
 
 SPACE, PROMPTS, BETA = SequenceSpace(20, 1), 4, 0.5
@@ -69,7 +69,7 @@ def regrets(seed: int, quick: bool) -> Mapping[str, float]:
         winner, loser = (
             torch.tensor(
                 [
-                    int(example.columns["problem"]) * SPACE.n_sequences + SPACE.index([int(str(text))])
+                    int(example.columns["problem"]) * SPACE.n_sequences + sequence_of(SPACE, text)
                     for example, text in zip(pool, texts, strict=True)
                 ]
             )

@@ -25,7 +25,7 @@ from polopt.core.override import override
 from polopt.methods.preference.dpo import dpo
 from polopt.methods.preference.rpo import rpo
 from polopt.policies.exact import SequenceSpace
-from polopt.tasks.preferences import labelled
+from polopt.tasks.preferences import labelled, sequence_of
 from polopt.tasks.problems import problem
 
 SPACE, HEAD = SequenceSpace(3, 3), "order-1"
@@ -44,7 +44,7 @@ def covered(seed: int, quick: bool) -> Mapping[str, float]:
     pool = labelled(made, PROMPTS * PAIRS, law=initial * good, seed=seed)
     prompt = torch.tensor([int(example.columns["problem"]) for example in pool])
     chosen, rejected = (
-        torch.tensor([SPACE.index([int(token) for token in str(text).split()]) for text in texts])
+        torch.tensor([sequence_of(SPACE, text) for text in texts])
         for texts in ([example.chosen for example in pool], [example.rejected for example in pool])
     )
     seen = torch.zeros_like(initial).index_put(

@@ -43,7 +43,7 @@ from polopt.methods.preference.ipo import IPO
 from polopt.methods.preference.srpo_selfimproving import SelfImproving, srpo_selfimproving
 from polopt.policies.exact import SequenceSpace, tree
 from polopt.rollouts.drafts import DraftedPairs
-from polopt.tasks.preferences import labelled
+from polopt.tasks.preferences import labelled, sequence_of
 from polopt.tasks.problems import Problem, problem
 
 SPACE = SequenceSpace(3, 2)
@@ -60,7 +60,7 @@ class ExactDrafts(DraftedPairs):
     """Prompt b behind the draft s is the problem `PROMPTS` + S b + s."""
 
     def with_draft(self, request: Request, draft: Text) -> Request:
-        place = SPACE.index([int(token) for token in str(draft).split()])
+        place = sequence_of(SPACE, draft)
         number = PROMPTS + S * int(request.example.columns["problem"]) + place
         return replace(request, example=replace(request.example, columns={"problem": number}))
 

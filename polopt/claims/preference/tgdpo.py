@@ -26,7 +26,7 @@ from polopt.core.override import override
 from polopt.methods.preference.dpo import dpo
 from polopt.methods.preference.tgdpo import tgdpo
 from polopt.policies.exact import SequenceSpace
-from polopt.tasks.preferences import labelled
+from polopt.tasks.preferences import labelled, sequence_of
 from polopt.tasks.problems import problem
 
 SPACE = SequenceSpace(4, 4)
@@ -40,9 +40,7 @@ def stages(seed: int, quick: bool) -> Mapping[str, float]:
     made = problem("random-rewards", space=SPACE, seed=seed)
     pool = labelled(made, 20 if quick else PAIRS, scale=SHARPNESS, seed=seed)
     guide, early, updates = (2, 1, 3) if quick else (GUIDE, EARLY, UPDATES)
-    sides = torch.tensor(
-        [[SPACE.index([int(t) for t in str(text).split()]) for text in (e.chosen, e.rejected)] for e in pool]
-    )
+    sides = torch.tensor([[sequence_of(SPACE, text) for text in (e.chosen, e.rejected)] for e in pool])
     initial = made.policy().log_probabilities().detach()[0]
 
     def plain(run: Run) -> float:

@@ -53,7 +53,7 @@ from polopt.policies.exact import SequenceSpace
 from polopt.rewards.estimators import HeadEstimator, fit_head
 from polopt.rewards.scoring import Scorer
 from polopt.rollouts.groups import Groups
-from polopt.tasks.preferences import labelled
+from polopt.tasks.preferences import labelled, sequence_of
 from polopt.tasks.problems import Problem, problem
 
 SPACE = SequenceSpace(8, 2)
@@ -133,7 +133,7 @@ def trained(there: World, seed: int, quick: bool) -> TableEstimator:
     true = replace(there.made, rewards={"reward": there.quality})
     pairs = labelled(true, (10 if quick else LABELLED) * PROMPTS, scale=SCALE, seed=seed)
     prompt = torch.tensor([int(example.columns["problem"]) for example in pairs])
-    sides = [[SPACE.index([int(t) for t in str(text).split()]) for text in side] for side in _sides(pairs)]
+    sides = [[sequence_of(SPACE, text) for text in side] for side in _sides(pairs)]
     x = torch.cat([there.features[prompt, torch.tensor(side)] for side in sides])
     places = torch.arange(len(x))
     head = fit_head(

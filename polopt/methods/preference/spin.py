@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from polopt.core.example import Example
 from polopt.core.method import Schedule
@@ -65,8 +67,7 @@ class SelfPlay(Groups, Stateful):
         asked = [request for request in requests if request.count]
         real = Dataset("demonstrations", end=self.end)(policy, asked, limit=limit, seed=seed)
         made = super().__call__(policy, asked, limit=limit, seed=seed, progress=progress)
-        # Concatenation keeps groups apart; here both parts of a group are one.
-        both = dataclasses.replace(_after(real, made), group=torch.cat([real.group, made.group]))
+        both = _after(real, made, torch.cat([real.group, made.group]))
         demonstrated = torch.arange(both.n_trajectories, device=both.device) < real.n_trajectories
         fresh = with_labels(both, demonstrated.float())
         if self.past is None or not self.mixed:
@@ -88,15 +89,15 @@ class SelfPlay(Groups, Stateful):
         self.remember(past=rollout.to("cpu") if self.mixed else None)
 
 
-def _after(first: Rollout, second: Rollout) -> Rollout:
-    """One rollout after the other, with the columns that both have."""
+def _after(first: Rollout, second: Rollout, group: Int[Tensor, " trajectory"] | None = None) -> Rollout:
+    """`Rollout.concat` with the columns that both have."""
     names = set(first.names()) & set(second.names())
 
     def shared(rollout: Rollout) -> Rollout:
         columns = {level: {n: v for n, v in found.items() if n in names} for level, found in rollout.columns.items()}
         return dataclasses.replace(rollout, columns=columns)
 
-    return Rollout.concat([shared(first), shared(second)])
+    return Rollout.concat([shared(first), shared(second)], group)
 
 
 spin = method(
