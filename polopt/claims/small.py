@@ -40,7 +40,7 @@ def statistics(
     """
     rows: list[dict[str, float]] = []
     level = (1,) if quick else ()
-    with _trainer(method, seed=seed, quick=quick, steps=steps, level=level, slots=dict(slots or {})) as trainer:
+    with small_trainer(method, seed=seed, quick=quick, steps=steps, level=level, slots=dict(slots or {})) as trainer:
         collect: Any = trainer.collect
 
         def watched(*arguments: Any) -> Any:
@@ -84,7 +84,7 @@ def trained(
     ``prepare`` is applied to every training example; ``slots`` are whole parts in the place of the method's;
     ``at_start`` sees the trainer before its first step. ``quick`` makes two iterations of a few answers.
     """
-    with _trainer(method, seed=seed, quick=quick, steps=steps, level=level, reward=rewards) as trainer:
+    with small_trainer(method, seed=seed, quick=quick, steps=steps, level=level, reward=rewards) as trainer:
         trainer.method = trainer.method | (slots or {})
         trainer.collect = replace(trainer.collect, pool=[prepare(example) for example in trainer.collect.pool])
         at_start(trainer)
@@ -94,11 +94,13 @@ def trained(
 
 
 @contextmanager
-def _trainer(method: str, *, seed: int, quick: bool, steps: int, **settings: Any) -> Iterator[Trainer]:
-    """The trainer of a run of 16 x 8 (``quick``: 2 steps of 2 x 2) that evaluates, saves and logs nothing by itself."""
+def small_trainer(method: str, *, seed: int, quick: bool, steps: int, **settings: Any) -> Iterator[Trainer]:
+    """The trainer of a run that evaluates, saves and logs nothing by itself: of 16 x 8 where the settings of the run
+    say nothing else (``quick``: 2 steps of 2 x 2).
+    """
     count, prompts, group = (2, 2, 2) if quick else (steps, 16, 8)
     size: dict[str, Any] = {"steps": count, "prompts": prompts, "group": group, "eval_prompts": 1}
-    settled = resolve(RunConfig(method=method, seed=seed, track=("none",), **size, **settings))
+    settled = resolve(RunConfig(method=method, seed=seed, track=("none",), **size | settings))
     with (
         tempfile.TemporaryDirectory() as folder,
         RunProgress(Budget(settled.steps), quiet=True, console=Console(quiet=True)) as bar,

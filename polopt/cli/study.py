@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import time
@@ -21,7 +22,8 @@ from polopt.cli.output import make_console, silence_libraries, write_json
 from polopt.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from polopt.claims.study import Found
+    from polopt.claims.claim import Claim
+    from polopt.claims.study import Found, Study
 
 DESCRIPTION = """\
 Rerun the comparison that a paper is about, on paired seeds, and draw its figure.
@@ -34,6 +36,7 @@ SLUG = Option("slug", str | None, None, "Slug of the study; all are listed when 
 OPTIONS = (
     Option("quick", bool, False, "2 seeds and tiny budgets, to see that the code runs."),
     Option("seeds", int | None, None, "Paired seeds; 12 in the exact world and 5 in the small one when left out.", "N"),
+    Option("world", str | None, None, "Only what is measured in this world: exact or small.", "WORLD"),
     Option("out", str | None, None, "Folder of the page, figure and numbers; runs/study-STUDY-TIME.", "FOLDER"),
 )
 
@@ -60,7 +63,7 @@ def study_command(arguments: Sequence[str]) -> int:
         console.print(_listed())
         return 0
     slug = str(given.positional)
-    study, claims = study_of(slug), claims_of(slug)
+    study, claims = _within(options["world"], slug, study_of(slug), claims_of(slug))
     folder = _folder(slug, options["out"])
     silence_libraries()
     with Told(console) as tell:
@@ -89,6 +92,18 @@ def _listed() -> Table:
     for slug, study in studies().items():
         table.add_row(slug, escape(study.question), str(len(claims_of(slug))), str(len(study.panels)))
     return table
+
+
+def _within(world: str | None, slug: str, study: Study, claims: Sequence[Claim]) -> tuple[Study, tuple[Claim, ...]]:
+    """The part of a study, and of its statements, that is measured in a world."""
+    claims = tuple(claim for claim in claims if world in (None, claim.world))
+    panels = tuple(panel for panel in study.panels if world in (None, panel.world))
+    if not panels:
+        raise UsageError(
+            f"the figure of {slug} shows nothing of the world {world!r}: the worlds are exact and small, and "
+            f"polopt claim {slug} measures statements without a figure"
+        )
+    return dataclasses.replace(study, panels=panels), claims
 
 
 def _folder(slug: str, out: str | None) -> Path:
@@ -183,11 +198,11 @@ def _write_page(found: Found, folder: Path, command: str, made: Mapping[str, Any
         statements.append(
             [
                 f'{html(o.claim.statement)}<span class="range">{html(o.claim.metric)}; against '
-                f"{html(o.claim.baseline)}</span>",
+                f'{html(o.claim.baseline)}</span><span class="range">{html(o.claim.untestable)}</span>',
                 (o.claim.direction + (f", margin {o.claim.margin:g}" if o.claim.margin else ""), ""),
                 (f"{signed(o.effect)}{bounds}" if measured else "", "n"),
                 (str(o.seeds) if measured else "", "n"),
-                f'<span class="{colour}">{said}</span><span class="range">{html(o.claim.untestable)}</span>',
+                f'<span class="{colour}">{said}</span>',
             ]
         )
     body = [

@@ -85,3 +85,18 @@ def test_wrong_input_is_one_line_and_measures_nothing(
     assert (result.code, result.out) == (2, "")
     assert message in result.err and len(result.err.splitlines()) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.usefixtures("one")
+def test_a_study_of_one_world(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(seed: int, quick: bool) -> Mapping[str, float]:
+        raise AssertionError("the small world was not asked for")
+
+    away = Claim("grpo", "small", "In the small one.", "small", "nothing", "use", "higher", "new", "old", measure=other)
+    members = (*polopt.claims.claims_of("grpo"), away)
+    monkeypatch.setattr(polopt.claims, "claims", lambda: {"grpo": members})
+    result = run("study", "grpo", "--world", "exact", "--out", "found")
+    assert result.code == 0, result.err
+    assert "It helps [a lot]." in result.out and "In the small one." not in result.out
+    result = run("study", "grpo", "--world", "large", "--out", "large")
+    assert result.code == 2 and "the worlds are exact and small" in result.err and not Path("large").exists()
