@@ -23,7 +23,7 @@ from polopt.core.rollout import Rollout
 from polopt.policies.exact import ExactPolicy, SequenceSpace, enumeration
 from polopt.rewards.scoring import Scorer
 from polopt.rollouts.groups import Groups
-from polopt.tasks.problems import Problem
+from polopt.tasks.problems import Problem, problem
 from polopt.training.budget import Budget
 from polopt.training.build import at_start, check_needs
 from polopt.training.collect import Collector, provides
@@ -117,6 +117,11 @@ class Run:
         """Exact entropy of the distribution over sequences, mean over the prompts, nats."""
         with torch.no_grad():
             return float(enumeration.entropy(self.policy).mean())
+
+    @property
+    def step_entropy(self) -> float:
+        """Exact entropy per step, where all sequences are as long as the longest: ``entropy`` over that length."""
+        return self.entropy / self.problem.space.length
 
 
 def start(
@@ -290,3 +295,9 @@ def one_token(space: SequenceSpace, *, prompts: int, chance: float, seed: int, s
     initial[:, 0] = root.scatter(1, target[:, None], float(torch.tensor(chance).log()))
     reward = (space.sequences[None, :, 0] == target[:, None]).double()
     return Problem("one-token", space, {"reward": reward}, initial, initial, {}, (8,) * prompts)
+
+
+def several_right(seed: int) -> Problem:
+    """8 prompts; of 36 answers (2 tokens out of 6) a third is right, of unequal prior probability, 0.25 together."""
+    space = SequenceSpace(6, 2)
+    return problem("binary-verifier", space=space, batch=8, seed=seed, right=1 / 3, pass_rate=0.25, spread=1.0)

@@ -32,8 +32,7 @@ from torch import Tensor
 
 from polopt.advantages.group import GroupZScore
 from polopt.claims.claim import Claim
-from polopt.claims.exact import start
-from polopt.claims.trust_region.dcpo_entropy import several, step_entropy
+from polopt.claims.exact import several_right, start
 from polopt.controllers import TargetEntropy
 from polopt.core.method import Method, Schedule
 from polopt.core.part import Part
@@ -76,7 +75,7 @@ def at(target: float) -> Method:
 
 def control(seed: int, quick: bool) -> Mapping[str, float]:
     """Entropy over training and final reward of every arm."""
-    made = several(seed)
+    made = several_right(seed)
     arms = {"grpo": plain, **{name: at(target) for name, target in TARGETS.items()}}
     both = {"filter": TemperedPositives(most=0.25, threshold=-math.inf), "advantage": GroupZScore(eps=1e-6)}
     arms |= {"negatives": at(TARGETS["mid"]) | both, "advantage": plain | {"advantage": EntropyInAdvantage()}}
@@ -85,10 +84,10 @@ def control(seed: int, quick: bool) -> Mapping[str, float]:
     courses: dict[str, list[float]] = {}
     for name, method in arms.items():
         run = start(made, method, seed=seed, group=GROUP)
-        courses[name] = [step_entropy(run)]
+        courses[name] = [run.step_entropy]
         for _ in range(2 if quick else ITERATIONS):
             run.step()
-            courses[name].append(step_entropy(run))
+            courses[name].append(run.step_entropy)
         found[f"{name}/reward"] = run.reward
 
     def late(name: str) -> Tensor:

@@ -30,16 +30,13 @@ import torch
 
 from polopt.advantages.group import GroupZScore
 from polopt.claims.claim import Claim
-from polopt.claims.exact import Run, start
+from polopt.claims.exact import Run, several_right, start
 from polopt.controllers import TargetEntropy
 from polopt.core.method import Method, Schedule
 from polopt.methods.trust_region.dcpo_entropy import dcpo_entropy
-from polopt.policies.exact import SequenceSpace
 from polopt.regularizers.entropy import Entropy
-from polopt.tasks.problems import Problem, problem
 
-SPACE = SequenceSpace(6, 2)
-PROMPTS, GROUP, ITERATIONS, LATE = 8, 64, 120, 60
+GROUP, ITERATIONS, LATE = 64, 120, 60
 TARGETS = {"low": 0.25, "mid": 0.5, "high": 1.0}
 BONUSES = (0.003, 0.01, 0.03, 0.1)
 
@@ -47,20 +44,10 @@ on_policy = dcpo_entropy | {"schedule": Schedule()}
 plain = on_policy | {"advantage": GroupZScore(eps=1e-6), "controller": None}
 
 
-def several(seed: int) -> Problem:
-    """A third of the sequences is right, with unequal prior probabilities."""
-    return problem("binary-verifier", space=SPACE, batch=PROMPTS, seed=seed, right=1 / 3, pass_rate=0.25, spread=1.0)
-
-
 def at(target: float, low: float = 0.8, high: float = 1.2) -> Method:
     """DCPO with a target entropy and two temperatures."""
     shipped: TargetEntropy = on_policy.controller
     return on_policy | {"controller": replace(shipped, target=target, low=low, high=high)}
-
-
-def step_entropy(run: Run) -> float:
-    """Exact mean entropy per step: that of the sequences over their length."""
-    return run.entropy / SPACE.length
 
 
 def distinct(run: Run) -> float:
@@ -72,7 +59,7 @@ def distinct(run: Run) -> float:
 
 def control(seed: int, quick: bool) -> Mapping[str, float]:
     """Entropy over training, reward and distinct right responses of every arm."""
-    made = several(seed)
+    made = several_right(seed)
     arms = {"grpo": plain, **{name: at(target) for name, target in TARGETS.items()}}
     arms |= {"unit": at(TARGETS["mid"], low=1.0, high=1.0)}
     arms |= {f"bonus {c}": plain | {"regularizer": Entropy(c)} for c in BONUSES}
@@ -80,10 +67,10 @@ def control(seed: int, quick: bool) -> Mapping[str, float]:
     courses: dict[str, list[float]] = {}
     for name, method in arms.items():
         run = start(made, method, seed=seed, group=GROUP)
-        courses[name] = [step_entropy(run)]
+        courses[name] = [run.step_entropy]
         for _ in range(2 if quick else ITERATIONS):
             run.step()
-            courses[name].append(step_entropy(run))
+            courses[name].append(run.step_entropy)
         found |= {f"{name}/reward": run.reward, f"{name}/distinct": distinct(run)}
 
     def error(name: str, target: float) -> float:
