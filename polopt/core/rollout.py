@@ -384,6 +384,12 @@ class Rollout:
         }
 
     @property
+    def reward_weights(self) -> dict[str, Float[Tensor, " trajectory"]]:
+        """Weight in the total of each named reward; 1 where the run states none."""
+        ones = torch.ones_like(self.reward)
+        return {name: self[own] if (own := f"reward_weight/{name}") in self else ones for name in self.rewards}
+
+    @property
     def advantage(self) -> Float[Tensor, " step"]:
         """Credit of each step."""
         return self["advantage"]

@@ -138,6 +138,9 @@ def test_several_rewards_are_fitted_each_by_itself() -> None:
     rollout = made([r + o for r, o in zip(RIGHT, other, strict=True)], first=RIGHT, second=other)
     expected = (looped(np.array(RIGHT, float), FOURS) + looped(np.array(other), FOURS)) / 2
     same(BetaNormalized(decompose=True)(rollout), expected)
+    weighed = rollout.with_columns(trajectory={"reward_weight/second": torch.full((16,), 0.25, dtype=torch.float64)})
+    expected = (looped(np.array(RIGHT, float), FOURS) + looped(np.array(other), FOURS) / 4) / 2
+    same(BetaNormalized(decompose=True)(weighed), expected)
     twice = made(RIGHT, first=RIGHT, second=RIGHT, third=RIGHT)
     same(BetaNormalized(decompose=True)(twice), BetaNormalized()(made(RIGHT)))
     assert BetaNormalized(decompose=True).needs == {"reward", "reward/*"} != BetaNormalized().needs

@@ -142,6 +142,16 @@ def test_a_reward_that_does_not_vary_causes_no_conflict() -> None:
     same(credit(made(constant), mode="hard"), credit(made(single), mode="hard"))
 
 
+def test_the_weight_of_a_reward_scales_its_score() -> None:
+    weighed = made(AGREED).with_columns(trajectory={"reward_weight/r1": f64([3.0] * 8)})
+    first, second = (made([(row[k],) for row in AGREED]) for k in (0, 1))
+    expected = credit(first, whiten=False) + 3 * credit(second, whiten=False)
+    same(credit(weighed, whiten=False), expected)
+    # What counts against an answer conflicts with what counts for it.
+    against = made(AGREED).with_columns(trajectory={"reward_weight/r1": f64([-3.0] * 8)})
+    assert (credit(against, mode="hard") == 0).all()
+
+
 @pytest.mark.parametrize("whiten", [True, False])
 def test_strictly_opposed_rewards_teach_nothing(whiten: bool) -> None:
     opposed = [(value, -2 * value) for value in (0.1, 0.9, 0.4, 0.3, 0.7, 0.2, 0.4, 0.6)]

@@ -49,7 +49,8 @@ class BetaNormalized(Part):
 
     Rewards between ``low`` and ``high`` are scaled to [0, 1]; the range is widened to hold those of the batch.
     ``alpha`` and ``beta`` fix the density, which is fitted where they are None. ``decompose``: the mean over the named
-    rewards of their A, each with its own fit. The code's comments advise a tighter ``cap``. arXiv:2506.02864.
+    rewards of their A, each with its own fit and times its weight in the run. The code's comments advise a tighter
+    ``cap``. arXiv:2506.02864.
     """
 
     alpha: float | None = None
@@ -67,8 +68,12 @@ class BetaNormalized(Part):
 
     def __call__(self, rollout: Rollout) -> Float[Tensor, " trajectory"]:
         total = rollout.trajectory_return
-        named = [torch.where(total.isnan(), total, r) for r in rollout.rewards.values()] if self.decompose else [total]
-        return torch.stack([self.normalized(rollout, reward) for reward in named]).mean(0)
+        if not self.decompose:
+            return self.normalized(rollout, total)
+        weights = rollout.reward_weights
+        named = {name: torch.where(total.isnan(), total, reward) for name, reward in rollout.rewards.items()}
+        credit = [weights[name] * self.normalized(rollout, reward) for name, reward in named.items()]
+        return torch.stack(credit).mean(0)
 
     def normalized(self, rollout: Rollout, reward: Float[Tensor, " trajectory"]) -> Float[Tensor, " trajectory"]:
         """A of one reward."""

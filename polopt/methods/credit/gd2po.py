@@ -10,8 +10,9 @@ A_i = (pre_i - mean) / sqrt(var + 1e-8) over the steps of the kept responses, 0 
 
 tau is 0.8, that of the authors' launch scripts, where their configuration files have 0.2. c_g comes before the
 whitening, which would undo a common scale, and can turn the sign of a kept response of little weight. Where two rewards
-are strictly opposed nothing is kept. With one reward nothing conflicts. The authors multiply the a_ik by the length
-before they take signs and ratios; it cancels in both.
+are strictly opposed nothing is kept. With one reward nothing conflicts. The authors weigh all rewards alike; here a_ik
+is multiplied by the weight of its reward (`--reward NAME@w`), 1 where none is given. The authors multiply the a_ik by
+the length before they take signs and ratios; it cancels in both.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class ConflictFilter(Part):
             raise UsageError(f"tau bounds a ratio and must lie in [0, 1], got {self.tau}")
 
     def __call__(self, rollout: Rollout) -> Float[Tensor, " step"]:
-        scores = torch.stack(list(reward_scores(rollout, self.eps).values()))
+        weights = rollout.reward_weights
+        scores = torch.stack([weights[name] * score for name, score in reward_scores(rollout, self.eps).items()])
         dropped, invalid = self.dropped(rollout, scores), rollout.reward.isnan()
         share = rollout.group_mean((~dropped).to(scores).masked_fill(invalid, torch.nan))
         scaled = (scores.sum(0) * share[rollout.group]).masked_fill(dropped | invalid, torch.nan)

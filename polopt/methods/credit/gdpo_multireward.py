@@ -58,11 +58,10 @@ class DecoupledZScore(Part):
 
     def __call__(self, rollout: Rollout) -> Float[Tensor, " trajectory_or_step"]:
         scores = reward_scores(rollout, self.eps)
-        given = {name: rollout[own] for name in scores if (own := f"reward_weight/{name}") in rollout}
-        weights: dict[str, float | Tensor] = {**given, **(self.weights or {})}
+        weights: dict[str, float | Tensor] = {**rollout.reward_weights, **(self.weights or {})}
         if unknown := sorted(set(weights) - set(scores)):
             raise UsageError(f"there is no reward {unknown[0]!r} to weigh; the run has {', '.join(sorted(scores))}")
-        total = torch.stack([weights.get(name, 1.0) * score for name, score in scores.items()]).sum(0)
+        total = torch.stack([weights[name] * score for name, score in scores.items()]).sum(0)
         if self.batch == "off" or len(scores) == 1:
             return total
         valid = torch.where(rollout.reward.isnan(), rollout.reward, total)
