@@ -30,7 +30,9 @@ on a problem of the exact world. Several methods are compared side by side. Slot
 for `polopt train`, and hold for every method named: --advantage leave-one-out, --objective.high 0.28.
 docs/diagnose.md explains every number."""
 
-SLUGS = Option("slugs", tuple[str, ...], (), "Slugs of the methods; `polopt methods` lists them.", "METHOD")
+SLUGS = Option(
+    "slugs", tuple[str, ...], (), "Slugs of the methods, which `polopt methods` lists, or files of your own.", "METHOD"
+)
 PROBLEM = (
     Option(
         "problem", str, "binary-verifier", "Kind of problem: rewards over all short sequences, and a policy.", "NAME"

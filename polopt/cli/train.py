@@ -22,7 +22,13 @@ Every slot of the method and every field of its parts is an option too (`polopt 
   --objective.high 0.28       a field of the part in a slot
   --slots.reward clip         a slot that has the name of another option"""
 
-POSITIONAL = Option("slug", str | None, None, "Slug of the method; `polopt methods` lists them.", "METHOD")
+POSITIONAL = Option(
+    "slug",
+    str | None,
+    None,
+    "Slug of the method, which `polopt methods` lists, or a file of your own: mine.py.",
+    "METHOD",
+)
 
 CONTROL = (
     Option("config", str | None, None, "Settings from a TOML or YAML file; options given here win.", "FILE"),

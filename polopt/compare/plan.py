@@ -204,6 +204,10 @@ class Job:
         """The composition of parts that is trained."""
         return composed(get_method(self.config.method), self.config.slots, pairs=self.config.pairs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is cached stays here: parts of a user's own file cannot be sent to a process that has not loaded it.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     @property
     def name(self) -> str:
         """For people: method, world, seed."""

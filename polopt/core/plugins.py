@@ -1,7 +1,8 @@
-"""A user's own functions, from ``path/to/file.py:function`` or ``package.module:function``."""
+"""A user's own code: a file, or a function from ``path/to/file.py:function`` or ``package.module:function``."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -24,7 +25,7 @@ def load_object(spec: str, what: str, *, unknown: str = "") -> Callable[..., Any
     if not colon or not place or not name.isidentifier():
         raise UsageError(unknown)
     is_file = place.endswith(".py") or "/" in place or "\\" in place
-    module = _load_file(place, what) if is_file else _import(place, what, unknown)
+    module = load_file(place, what) if is_file else _import(place, what, unknown)
     found = getattr(module, name, None)
     if not callable(found):
         kind = "nothing" if found is None else f"a value of type {type(found).__name__}"
@@ -32,12 +33,17 @@ def load_object(spec: str, what: str, *, unknown: str = "") -> Callable[..., Any
     return cast(Callable[..., Any], found)
 
 
-def _load_file(place: str, what: str) -> ModuleType:
+def load_file(place: str, what: str) -> ModuleType:
+    """The file as a module; it is executed once, so it must be the user's own.
+
+    ``what`` says in errors what it is wanted for. Raises UsageError where there is no such file or it fails.
+    """
     path = Path(place).expanduser().resolve()
     if not path.is_file():
         raise UsageError(f"there is no file {place!r} to load a {what} from")
-    # A name of its own: a user's `random.py` must not stand in for the module everything else imports.
-    name = f"polopt_user_{path.stem}_{abs(hash(str(path))):x}"
+    # A name of its own, the same in every process: a user's `random.py` must not stand in for the module everything
+    # else imports.
+    name = f"polopt_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     specification = importlib.util.spec_from_file_location(name, path)

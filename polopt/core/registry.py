@@ -12,6 +12,9 @@ from polopt.core.part import SLOTS, Slot, check_slot, named_parts, suggest
 
 _METHODS: dict[str, Method] = {}
 
+USER = "user"
+"""Family of a method whose file is not part of polopt."""
+
 REQUIRED: frozenset[Slot] = frozenset(
     {"curriculum", "rollout", "advantage", "objective", "aggregation", "update", "schedule"}
 )
@@ -43,7 +46,7 @@ def method(
     inherited: dict[str, Any] = {} if base is None else {slot: getattr(base, slot) for slot in SLOTS}
     made = Method(
         slug=slug,
-        family=module.split(".")[2].replace("_", "-") if in_package else "user",
+        family=module.split(".")[2].replace("_", "-") if in_package else USER,
         seed=seed,
         paper=paper,
         doc=str(caller.get("__doc__") or ""),

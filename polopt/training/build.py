@@ -207,7 +207,8 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.out is None:
         subject = config.task or Path(str(config.data)).stem
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        config = replace(config, out=str(Path("runs") / f"{config.method}-{subject}-{config.seed}-{stamp}"))
+        name = get_method(config.method).slug
+        config = replace(config, out=str(Path("runs") / f"{name}-{subject}-{config.seed}-{stamp}"))
     return config
 
 

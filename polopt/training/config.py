@@ -23,7 +23,7 @@ class RunConfig:
     """
 
     method: str = "grpo"
-    """Slug of the method."""
+    """Slug of the method, or the path of a file that defines one."""
     model: str | None = None
     """Path or hub name of a causal language model; the small policy shipped with polopt when left out."""
     task: str | None = None

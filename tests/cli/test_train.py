@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import polopt.training.run
 from polopt.cli.options import Given, parse
 from polopt.cli.train import POSITIONAL, configure, groups
+from polopt.core import registry
 from polopt.core.errors import UsageError
 from polopt.training.config import RunConfig
 from tests.cli.conftest import Result
@@ -163,3 +164,20 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert lost.err.count("\n") == 1 and "--save-every" in lost.err
     assert kept.err == "polopt: interrupted; continue with: polopt train --resume --out kept\n"
     assert run(*kept.err.split("polopt ")[-1].split(), "--quiet").code == 0
+
+
+def test_a_method_in_a_file_of_one_s_own(
+    run: Callable[..., Result], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    (tmp_path / "mine.py").write_text(REWARD)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "own.py").write_text(
+        '"""Own: it centres."""\nfrom polopt.core.registry import method\n'
+        'from polopt.methods.base.rloo import rloo\nown = method("own-method", rloo)\n'
+    )
+    result = run("train", "sub/own.py", "--model", model, "--task", "arithmetic", *SMALL)
+    assert result.code == 0, result.err
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("own-method-arithmetic-0-")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["method"] == "sub/own.py"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from polopt.compare.plan import (
@@ -13,6 +15,7 @@ from polopt.compare.plan import (
     parse_problem,
 )
 from polopt.core.errors import UsageError
+from tests.compare.worlds import exact_job
 
 
 def plan(*contenders: str, **options: object) -> Plan:
@@ -181,3 +184,11 @@ def test_a_plan_that_cannot_be_run_is_said(contenders: tuple[str, ...], options:
     with pytest.raises(UsageError) as error:
         plan(*contenders, **options)
     assert said in str(error.value)
+
+
+def test_a_job_is_sent_without_the_parts_that_it_names() -> None:
+    job = exact_job("grpo")
+    assert job.method.slug == "grpo" and "method" in vars(job)
+    sent = pickle.loads(pickle.dumps(job))
+    assert sent == job and "method" not in vars(sent)
+    assert sent.method == job.method

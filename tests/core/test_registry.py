@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from polopt.advantages.group import GroupZScore
@@ -35,6 +37,8 @@ def test_every_file_of_methods_registers_itself() -> None:
 
 def test_a_misspelt_slug_gets_a_hint() -> None:
     assert get_method("grpo") is grpo
+    with pytest.raises(UsageError, match=r"own is path/to/file.py"):
+        get_method("mine")
     with pytest.raises(UsageError, match=r"unknown method 'grppo'; did you mean 'grpo'.*`polopt methods` lists all"):
         get_method("grppo")
 
@@ -93,3 +97,33 @@ def test_every_named_part_stands_by_itself(slot: str) -> None:
         assert isinstance(made.needs, frozenset)
         assert isinstance(made.state_dict(), dict)
     assert isinstance(grpo, Method)
+
+
+OWN = '"""Mine: it centres."""\nfrom polopt.core.registry import method\nfrom polopt.methods.base.rloo import rloo\n'
+
+
+def test_a_file_of_one_s_own_is_a_method(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(OWN + 'first = method("mine-first", rloo)\nmine = method("mine", first, paper="draft")\n')
+    made = get_method(str(file))
+    assert (made.slug, made.family, made.paper, made.doc) == ("mine", "user", "draft", "Mine: it centres.")
+    assert made.slots() == get_method("rloo").slots()
+    # From now on other methods can take its parts by its slug.
+    assert find_part("advantage", "mine") == made.advantage and get_method(str(file)) is made
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (OWN, "defines no method: end it with NAME = method"),
+        (OWN + 'mine = method("grpo", rloo)\n', "fails to load: ValueError: two methods are called 'grpo'"),
+        ("1 / 0\n", "fails to load: ZeroDivisionError"),
+        (None, "there is no file"),
+    ],
+)
+def test_a_file_without_a_method_is_said(tmp_path: Path, text: str | None, said: str) -> None:
+    file = tmp_path / "mine.py"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UsageError, match=said):
+        get_method(str(file))
