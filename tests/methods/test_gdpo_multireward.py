@@ -15,6 +15,7 @@ from torch import Tensor
 from polopt.core.errors import UsageError
 from polopt.core.rollout import Rollout
 from polopt.methods.base.grpo import grpo
+from polopt.methods.credit.gd2po import ConflictFilter
 from polopt.methods.credit.gdpo_multireward import ConditionedReward, DecoupledZScore, gdpo_multireward
 from tests.support import close, f64, same
 
@@ -227,3 +228,10 @@ def test_the_weights_of_the_run_are_those_of_the_sum_unless_the_part_has_its_own
     same(part(rollout), scores(first) + 3 * scores(second))
     own = dataclasses.replace(part, weights={"b": 0.5})
     same(own(rollout), scores(first) + 0.5 * scores(second))
+
+
+def test_rewards_of_steps_are_refused() -> None:
+    rollout = made(BINARY).with_columns(step={"step_reward": torch.zeros(8)})
+    for part in (DecoupledZScore(), ConflictFilter()):
+        with pytest.raises(UsageError, match="rewards of single steps"):
+            part(rollout)

@@ -32,8 +32,13 @@ from polopt.methods.base.grpo import grpo
 def reward_scores(rollout: Rollout, eps: float) -> dict[str, Float[Tensor, " trajectory"]]:
     """a_ik by name of the reward; exactly 0 where it is the same in the whole group or NaN. Eq. 4.
 
-    A trajectory whose total is invalid gets 0 and is in no mean.
+    A trajectory whose total is invalid gets 0 and is in no mean. Raises UsageError for rewards of steps.
     """
+    if "step_reward" in rollout:
+        raise UsageError(
+            "normalising each reward by itself would undo the scale of rewards of single steps; leave out the part that"
+            " gives them (a KL to the reference can be a regularizer: --regularizer kl)"
+        )
     total = rollout.reward
     valid = {name: torch.where(total.isnan(), total, values) for name, values in rollout.rewards.items()}
     return {name: rollout.group_zscore(values, eps=eps) for name, values in valid.items()}
