@@ -3,8 +3,8 @@ arXiv:2405.08448, which a bandit cannot decide).
 
 Design, fixed before the first run. Arithmetic, the shipped policy as pi_ref. The gold preference is the verifier's, so
 that the gold win rate against pi_ref is 1/2 + (accuracy - that of pi_ref) / 2. The data set is the task's own pairs, a
-right answer against a wrong one, which are not the policy's. The proxy is `reward-model` after 60 iterations of 16 of
-these pairs, its rewards unscaled.
+right answer against a wrong one, which are not the policy's. The proxy is `reward-model` after 200 iterations of 16 of
+these pairs at a rate of 2e-4, its rewards unscaled.
 
 Two arms, 90 iterations of 32 pairs, IPO of summed log-ratios at tau = 0.1, otherwise with the small world's defaults:
 
@@ -14,6 +14,10 @@ Two arms, 90 iterations of 32 pairs, IPO of summed log-ratios at tau = 0.1, othe
 Measured after every 15 iterations on one answer to each of 512 held-out prompts: accuracy, and the mean of
 log pi - log pi_ref of the answers, which estimates KL(pi || pi_ref). A run's result is its highest win rate where this
 is at most 3 nats (1/2 where it never is: pi_ref itself). 5 paired seeds.
+
+A first run was discarded. Its proxy, 60 iterations at 2e-5, had hardly begun to learn (held-out loss 0.629; of a fair
+coin 0.693), so that the online labels were nearly random; offline won by 0.111 [0.082, 0.140]. What the proxy has now
+was chosen by its own held-out loss, 0.142.
 """
 
 from __future__ import annotations
@@ -36,13 +40,13 @@ from polopt.training.trainer import Trainer
 from polopt.training.update import evaluate_columns
 
 STEPS, PAIRS, HELD_OUT, EVERY, MOST_KL, TAU = 90, 32, 512, 15, 3.0, 0.1
-PROXY_STEPS: Final = 60
+PROXY: Final[Mapping[str, Any]] = {"steps": 200, "lr": 2e-4}
 TASK: Final = Arithmetic()
 
 
 def _reward_model(folder: Path, seed: int, quick: bool) -> str:
     """The proxy, as a reward."""
-    size: dict[str, Any] = {"steps": 2, "prompts": 2, "eval_prompts": 2} if quick else {"steps": PROXY_STEPS}
+    size = {"steps": 2, "prompts": 2, "eval_prompts": 2} if quick else PROXY
     train(RunConfig(method="reward-model", seed=seed, track=("none",), out=str(folder), **size), quiet=True)
     return f"model:{folder},normalize=false"
 

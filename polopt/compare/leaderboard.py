@@ -34,7 +34,7 @@ def fitting() -> tuple[list[str], dict[str, str]]:
             composed = contender.method()
             if composed.reads_answers:
                 raise UsageError(f"{slug} learns from known answers beside its own")
-            if not any(name == "logp" or name.startswith("logp/") for name in composed.evaluates):
+            if not composed.trains_policy:
                 raise UsageError(f"{slug} trains no policy: its loss reads no log-probs")
             check_needs(composed, made.policy(), made.reward_functions())
         except UsageError as error:

@@ -117,6 +117,11 @@ class Method:
         return logp | declared(self.objective, "evaluates") | declared(self.regularizer, "evaluates")
 
     @property
+    def trains_policy(self) -> bool:
+        """Whether the loss reads the policy's log-probs; else it trains a critic on its trunk alone, a reward model."""
+        return any(name == "logp" or name.startswith("logp/") for name in self.evaluates)
+
+    @property
     def models_in_use(self) -> dict[str, Any]:
         """The models of which some part reads a functional, a column ``<functional>/<model>``, or with which the
         rollout part samples (its ``uses``).

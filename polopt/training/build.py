@@ -112,15 +112,16 @@ def _given_rewards(config: RunConfig, source: str) -> tuple[NamedReward, ...]:
 
 def _generated(config: RunConfig, task: Task, method: Method) -> Problem:
     levels = list(config.level) or None
-    rewards = tuple(parse_reward(spec, device=config.device) for spec in config.reward) or task_rewards(task)
     train = task.examples(POOL, seed=config.seed, split="train", levels=levels)
-    return Problem(
-        task.name,
-        with_answers(task, train, seed=config.seed) if method.reads_answers else train,
-        task.examples(config.eval_prompts, seed=0, split="test", levels=levels),
-        rewards,
-        task.max_new_tokens,
-    )
+    held_out: Sequence[Example] = task.examples(config.eval_prompts, seed=0, split="test", levels=levels)
+    if method.reads_answers:
+        train = with_answers(task, train, seed=config.seed)
+    if method.trains_policy or not method.offline or judged(method) or config.reward:
+        rewards = tuple(parse_reward(spec, device=config.device) for spec in config.reward) or task_rewards(task)
+    else:
+        # No policy is trained that could answer: what is learned is measured on answers that are known.
+        rewards, held_out = (), with_answers(task, held_out, seed=0)
+    return Problem(task.name, train, held_out, rewards, task.max_new_tokens)
 
 
 def default_task(*methods: Method) -> str:
@@ -195,8 +196,9 @@ def resolve(config: RunConfig) -> RunConfig:
     """The configuration with every default that depends on others filled in."""
     small = config.model is None
     if config.lr is None:
-        # Losses of bad answers have no bound: at the faster rate they drag the good ones down with them.
-        fast = SMALL_WORLD_OFFLINE_LR if get_method(config.method).offline else SMALL_WORLD_LR
+        # A policy's losses of bad answers have no bound: at the faster rate they drag the good ones down with them.
+        method = get_method(config.method)
+        fast = SMALL_WORLD_OFFLINE_LR if method.offline and method.trains_policy else SMALL_WORLD_LR
         config = replace(config, lr=fast if small else 1e-5 if config.lora else 1e-6)
     if all(limit is None for limit in (config.steps, config.seconds, config.tokens, config.rollouts)):
         config = replace(config, steps=SMALL_WORLD_STEPS if small else 500)

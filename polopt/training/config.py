@@ -67,8 +67,8 @@ class RunConfig:
     seed: int = 0
     """The run is a function of it."""
     lr: float | None = None
-    """Learning rate of AdamW; 2e-4 in the small world (2e-5 for preferences and demonstrations), 1e-5 for LoRA and 1e-6
-    for other models when left out."""
+    """Learning rate of AdamW; 2e-4 in the small world (2e-5 for a policy that learns from preferences or
+    demonstrations), 1e-5 for LoRA and 1e-6 for other models when left out."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate over the budget, after the warm-up."""
     warmup: int = 0

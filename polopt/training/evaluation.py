@@ -86,7 +86,8 @@ class Evaluator:
 class LossEvaluator:
     """Held-out answers of a data set that no reward judges: the method's own loss and metrics on them, no gradient.
 
-    The accuracy, of a method that logs one, is how often the implicit reward prefers what the labels prefer.
+    The accuracy, of a method that logs one, is how often the implicit reward prefers what the labels prefer. Of pairs
+    its interval is Wilson's; several pairs of one prompt are not independent, and have none.
     """
 
     examples: Sequence[Example]
@@ -110,12 +111,20 @@ class LossEvaluator:
         found = evaluated(method.evaluates)
         with torch.no_grad():
             loss, metrics = method.loss(Evaluation({name: found[name] for name in method.evaluates}), rollout)
-        values = {names.LOSS: loss, **metrics}
+        described = {name: float(value) for name, value in {names.LOSS: loss, **metrics}.items()}
         if names.REWARD_ACCURACY in metrics:
-            values[names.ACCURACY] = metrics[names.REWARD_ACCURACY]
-        described = {name: float(value) for name, value in values.items()}
+            described |= self._accuracy(described[names.REWARD_ACCURACY], rollout)
         described |= {"prompts": float(len(requests)), names.MEAN_LENGTH: float(rollout.lengths.float().mean())}
         return {f"{names.EVAL}{name}": value for name, value in described.items()}, rollout
+
+    @staticmethod
+    def _accuracy(accuracy: float, rollout: Rollout) -> dict[str, float]:
+        right, pairs = accuracy * rollout.n_groups, bool((torch.bincount(rollout.group) == 2).all())
+        # A tie counts one half.
+        if not pairs or not rollout.n_groups or not math.isclose(right, round(right), abs_tol=1e-3):
+            return {names.ACCURACY: accuracy}
+        low, high = accuracy_interval(round(right), rollout.n_groups)
+        return {names.ACCURACY: accuracy, names.ACCURACY_LOW: low, names.ACCURACY_HIGH: high}
 
 
 def samples_of(rollout: Rollout) -> list[Sample]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from polopt.assets import base_policy_path
 from polopt.core.errors import UsageError
 from polopt.core.policy import Request
+from polopt.core.statistics import accuracy_interval
 from polopt.filters.preferences import Best, BestWorst, Ranked
 from polopt.methods import get_method
 from polopt.rewards.scoring import Scorer
+from polopt.rollouts.dataset import Dataset
 from polopt.rollouts.groups import Groups
 from polopt.training.build import SMALL_WORLD_OFFLINE_LR, composed, make_method, make_problem, resolve
 from polopt.training.collect import Collector, judged
@@ -118,6 +121,26 @@ def test_the_held_out_loss_is_that_of_the_method() -> None:
     assert few["eval/loss"] == pytest.approx(found["eval/loss"], rel=1e-5)
 
 
+def test_an_accuracy_of_pairs_has_an_interval() -> None:
+    policy = make_tiny()
+    policy.add_model("ref")
+    found, answers = LossEvaluator(POOL, short("dpo"), 10, 10_000)(policy)
+    # The policy is its reference: no pair has a gap, and none counts as right.
+    low, high = accuracy_interval(0, answers.n_groups)
+    assert (found["eval/accuracy"], found["eval/accuracy/low"], found["eval/accuracy/high"]) == (0.0, low, high)
+    nudge(policy)
+    lists, _ = LossEvaluator(POOL, short("dpo") | {"rollout": Dataset(form="lists")}, 10, 10_000)(policy)
+    assert "eval/accuracy" in lists and "eval/accuracy/low" not in lists
+
+
+def test_a_reward_model_is_measured_on_known_answers_and_a_policy_by_its_own() -> None:
+    learned = make_problem(RunConfig(method="reward-model", eval_prompts=6))
+    assert not learned.rewards and all(e.completions and e.labels for e in learned.held_out)
+    for config in (RunConfig(method="dpo"), RunConfig(method="reward-model", pairs="on-policy")):
+        asked = make_problem(dataclasses.replace(config, eval_prompts=6))
+        assert asked.rewards and not any(example.completions for example in asked.held_out)
+
+
 # --- on policy ------------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +175,9 @@ def test_the_best_and_the_worst_of_each_group_train() -> None:
 
 
 def test_the_rate_of_the_small_world() -> None:
-    assert resolve(RunConfig(method="dpo")).lr == SMALL_WORLD_OFFLINE_LR < (resolve(RunConfig(method="grpo")).lr or 0)
+    fast = resolve(RunConfig(method="grpo")).lr
+    assert resolve(RunConfig(method="dpo")).lr == SMALL_WORLD_OFFLINE_LR < (fast or 0)
+    assert resolve(RunConfig(method="reward-model")).lr == fast
     assert resolve(RunConfig(method="dpo", lr=1e-3)).lr == 1e-3
 
 
