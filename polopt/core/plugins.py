@@ -51,11 +51,15 @@ def load_file(place: str, what: str) -> ModuleType:
         raise UsageError(f"{place!r} is not a Python file; a {what}'s file ends in .py")
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module
+    # The user's folder is left as it was.
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         specification.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise UsageError(f"{what} file {place!r} fails to load: {type(error).__name__}: {error}") from error
+    finally:
+        sys.dont_write_bytecode = before
     return module
 
 

@@ -209,7 +209,8 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.out is None:
         subject = config.task or Path(str(config.data)).stem
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = get_method(config.method).slug
+        # A method may be the path of a file.
+        name = Path(config.method).stem
         config = replace(config, out=str(Path("runs") / f"{name}-{subject}-{config.seed}-{stamp}"))
     return config
 

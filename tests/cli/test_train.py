@@ -179,5 +179,6 @@ def test_a_method_in_a_file_of_one_s_own(
     result = run("train", "sub/own.py", "--model", model, "--task", "arithmetic", *SMALL)
     assert result.code == 0, result.err
     (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith("own-method-arithmetic-0-")
+    assert folder.name.startswith("own-arithmetic-0-")
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["own.py"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["method"] == "sub/own.py"
