@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -112,7 +113,9 @@ def _by_label(report: Report) -> Mapping[str, Entry]:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "|".join([" --- ", *([" ---: "] * (len(head) - 1))]) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    # An interval is not broken over lines, nor its minus sign left behind.
+    joined = (re.sub(r"\[.*?\]", lambda m: m[0].replace(", ", ",\u00a0"), " | ".join(row)) for row in rows)
+    return "\n".join(lines + [f"| {row} |" for row in joined])
 
 
 def _difference(entry: Entry) -> str:
