@@ -118,6 +118,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + [f"| {row} |" for row in joined])
 
 
+def _named(label: str) -> str:
+    """Slug and settings, between which a line may end."""
+    slug, plus, settings = label.partition("+")
+    return f"`{slug}`" + (f" `+{settings}`" if plus else "")
+
+
 def _difference(entry: Entry) -> str:
     if entry.versus is None:
         return "baseline"
@@ -132,7 +138,7 @@ def _overview(present: Mapping[str, Report], labels: Sequence[str]) -> str:
         head += [f"{name}: score", f"difference to {report.baseline.contender.label}", "P(better)"]
     rows = []
     for label in labels:
-        row = [f"`{label}`"]
+        row = [_named(label)]
         for report in present.values():
             entry = _by_label(report)[label]
             row += [ranged(entry.mean), _difference(entry), _improvement(entry)]
@@ -153,7 +159,7 @@ def _details(name: str, report: Report, labels: Sequence[str]) -> str:
         entry = _by_label(report)[label]
         rows.append(
             [
-                f"`{label}`",
+                _named(label),
                 *(ranged(entry.by_world[w]) for w in worlds),
                 number(entry.area.mean),
                 number(entry.entropy),
