@@ -1,10 +1,10 @@
 """Fresh against fixed pairs in the small world, where a policy generates token by token (the claim of Tang et al. 2024,
 arXiv:2405.08448, which a bandit cannot decide).
 
-Design, fixed before the first run. Arithmetic, the shipped policy as pi_ref. The gold preference is the verifier's, so
-that the gold win rate against pi_ref is 1/2 + (accuracy - that of pi_ref) / 2. The data set is the task's own pairs, a
-right answer against a wrong one, which are not the policy's. The proxy is `reward-model` after 200 iterations of 16 of
-these pairs at a rate of 2e-4, its rewards unscaled.
+Design, fixed before the run that counts. Arithmetic, the shipped policy as pi_ref. The gold preference is the
+verifier's, so that the gold win rate against pi_ref is 1/2 + (accuracy - that of pi_ref) / 2. The data set is the
+task's own pairs, a right answer against a wrong one, which are not the policy's. The proxy is `reward-model` after 200
+iterations of 16 of these pairs at a rate of 2e-4, its rewards unscaled.
 
 Two arms, 90 iterations of 32 pairs, IPO of summed log-ratios at tau = 0.1, otherwise with the small world's defaults:
 
