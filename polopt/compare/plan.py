@@ -19,7 +19,7 @@ from polopt.methods import get_method
 from polopt.tasks.problems import options_of, problem
 from polopt.tasks.registry import get_task
 from polopt.training.budget import UNITS, Unit
-from polopt.training.build import composed, default_task, resolve
+from polopt.training.build import at_start, composed, default_task, resolve
 from polopt.training.config import RunConfig, make_config, slot_key
 
 EXACT_LR: Final = 0.03
@@ -90,7 +90,7 @@ def parse_contender(text: str, shared: Mapping[str, str] = MappingProxyType({}),
     kept = {key: value for key, value in shared.items() if key.partition(".")[0] not in own}
     source = own.pop("pairs", pairs if get_method(slug).offline else "data")
     made = Contender(label, slug, {**kept, **own}, source)
-    made.method()
+    at_start(made.method())  # an error is said now, not when the other contenders have run
     return made
 
 

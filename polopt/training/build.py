@@ -188,8 +188,20 @@ def composed(method: Method, slots: Mapping[str, Any], *, pairs: str = "data") -
 
 
 def at_start(method: Method) -> Method:
-    """The method with its controller's starting coefficients, which hold from the first iteration on."""
-    return method if method.controller is None else override(method, method.clone().controller({}))
+    """The method with its controller's starting coefficients, which hold from the first iteration on.
+
+    Raises UsageError where it moves what the method does not have.
+    """
+    if method.controller is None:
+        return method
+    moved = method.clone().controller({})
+    try:
+        return override(method, moved)
+    except UsageError as error:
+        raise UsageError(
+            f"the controller moves {', '.join(moved)}, which the method does not have ({error}); replace the "
+            f"controller too, or leave it out: --controller none"
+        ) from None
 
 
 def resolve(config: RunConfig) -> RunConfig:

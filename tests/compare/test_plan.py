@@ -77,6 +77,10 @@ def test_shared_settings_hold_where_a_contender_has_none_of_its_own() -> None:
         ("grpo --advantage 'x", "cannot be read"),
         ("+advantage=x", "names no method"),
         ("grpo+pairs=on-policy", "samples its own answers"),
+        (
+            "safe --regularizer none",
+            "controller moves regularizer.threshold, regularizer.average, which the method",
+        ),
     ],
 )
 def test_a_wrong_contender_is_said(text: str, said: str) -> None:
