@@ -31,7 +31,6 @@ from typing import Any, Final
 from polopt.claims.claim import note
 from polopt.claims.small import small_trainer
 from polopt.core.rollout import Rollout
-from polopt.core.segments import segment_sum
 from polopt.rewards.scoring import transcripts
 from polopt.tasks.arithmetic import Arithmetic
 from polopt.training.config import RunConfig
@@ -60,8 +59,7 @@ def _kl(trainer: Trainer, said: Rollout) -> float:
     """Mean over answers of log pi - log pi_ref, in nats."""
     names = frozenset({"logp", "logp/ref"})
     read = evaluate_columns(trainer.policy, said, names, trainer.optimization.token_budget, trainer.profiler)
-    gap = segment_sum(read.logp - read["logp/ref"], read.trajectory, read.n_trajectories, mask=read.mask)
-    return float(gap.mean())
+    return float(read.sum_steps(read.logp - read["logp/ref"]).mean())
 
 
 def _arm(method: str, seed: int, quick: bool, **settings: Any) -> Mapping[str, float]:

@@ -116,7 +116,7 @@ def _generated(config: RunConfig, task: Task, method: Method) -> Problem:
     held_out: Sequence[Example] = task.examples(config.eval_prompts, seed=0, split="test", levels=levels)
     if method.reads_answers:
         train = with_answers(task, train, seed=config.seed)
-    if method.trains_policy or not method.offline or judged(method) or config.reward:
+    if method.trains_policy or judged(method) or config.reward:
         rewards = tuple(parse_reward(spec, device=config.device) for spec in config.reward) or task_rewards(task)
     else:
         # No policy is trained that could answer: what is learned is measured on answers that are known.
